@@ -1,0 +1,249 @@
+"""The mathematics: flow matching, mid-training, MeanFlow distillation and training, the ODE solver and the samplers.
+
+Paper: arXiv 2511.13019 (stages), after MeanFlow, arXiv 2505.13447 (E5) and flow matching (E2). Numbers E1 to E8 are this
+file's own. Nothing here knows what an image, a network or a GPU is: models are callables, and any callable serves.
+
+    python meanflow.py      # the whole method on a 2-D checkerboard: half a minute on a CPU, ends in meanflow.png
+
+The direction, everywhere:  t = 1 is noise, t = 0 is data, and r <= t.
+
+    z_t = (1 - t) x + t e                   x data, e Gaussian noise                            z: the latent at time t
+    v(z, t, y) = dz/dt, on average e - x    velocity: the teacher's output                      y: class labels
+    u(z, t, y, r) = (z_t - z_r) / (t - r)   average velocity on [r, t]: the student's output, and u(z, t, y, t) = v
+    x = z_1 - u(z_1, 1, y, 0)               one step from noise to data
+"""
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def expand(t, z):
+    """Times (B,) -> (B, 1, ..., 1), to multiply latents (B, ...)."""
+    return t.reshape(-1, *[1] * (z.dim() - 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Times. More latent dimensions need more noise to hide the same image, so all times are pushed towards 1 (noise).
+
+def shift_time(t, alpha):
+    """E1: t' = alpha t / (1 + (alpha - 1) t), with alpha = sqrt(C H W / 4096): 6.93 for ImageNet 256, 13.86 for 512."""
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+def flow_matching_times(uniform, alpha):
+    """Uniform numbers (B,) -> times (B,) of the teacher's loss: logit-normal(0, 1), then shifted (E1)."""
+    return shift_time(torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).sigmoid(), alpha)
+
+
+def mean_flow_times(uniforms, keep_gap, alpha):
+    """Uniform numbers (2, B) -> (t, r): two shifted times in order where keep_gap (B,) is true, else r = t."""
+    r, t = shift_time(uniforms, alpha).sort(dim=0)[0]
+    return t, torch.where(keep_gap, r, t)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage "flow": the teacher
+
+def flow_matching_loss(model, x, y, alpha, t=None, noise=None):
+    """E2: mean of |v(z_t, t, y) - (e - x)|^2.
+
+    x (B, ...) data latents of unit scale, y (B,) labels; t (B,) and noise like x are drawn where not given.
+    Returns (loss, metrics); metrics["mse"] is the raw mean squared error, here the loss itself.
+    """
+    noise = torch.randn_like(x) if noise is None else noise
+    t = flow_matching_times(torch.rand(len(x), dtype=x.dtype), alpha) if t is None else t
+    t = t.to(x)
+    z = (1 - expand(t, x)) * x + expand(t, x) * noise
+    loss = (model(z, t, y) - (noise - x)).square().mean()
+    return loss, {"mse": loss.detach()}
+
+
+@torch.no_grad()
+def solve_flow(v, noise, y, steps, alpha, solver="euler", last_only=False):
+    """E3: integrate dz/dt = v(z, t, y) from noise (t = 1) to data (t = 0) through `steps` + 1 shifted times.
+
+    Euler evaluates v once a step, Heun twice. Returns (trajectory, times): (steps + 1, B, ...), or (1, B, ...) with
+    last_only, and (steps + 1,), both from noise to data; the last time is exactly 0.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).to(noise)
+    z, trajectory = noise, [noise]
+    for t, t_next in zip(times[:-1], times[1:]):
+        velocity = v(z, t.expand(len(z)), y).to(z.dtype)
+        if solver == "heun":
+            ahead = v(z + (t_next - t) * velocity, t_next.expand(len(z)), y).to(z.dtype)
+            velocity = (velocity + ahead) / 2
+        z = z + (t_next - t) * velocity
+        trajectory = [z] if last_only else trajectory + [z]
+    return torch.stack(trajectory), times
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage "mid": Consistency Mid-Training. The student first learns the teacher's finite jumps, read off a solved
+# trajectory: a plain regression with bounded targets, where E5 from a random or a teacher's start explodes.
+
+def mid_training_loss(student, teacher, noise, y, alpha, num_points=17, num_pairs=64, pairs=None, solver="euler"):
+    """E4: mean of |u(z_t, t, y, r) - (z_t - z_r) / (t - r)|^2, z_t and z_r two nodes of one teacher trajectory.
+
+    noise (B, ...) starts B trajectories of num_points nodes; from each come num_pairs pairs of nodes, numbered by
+    pairs (B, num_pairs) in 0 .. num_points (num_points - 1) / 2 - 1, drawn where not given. No data, no weighting, and
+    each pair carries the times that the solver really stepped through. Returns (loss, {"mse"}).
+    """
+    trajectory, times = solve_flow(teacher, noise, y, num_points - 1, alpha, solver)            # (P, B, ...), (P,)
+    nodes = torch.triu_indices(num_points, num_points, offset=1, device=noise.device)           # (2, P (P - 1) / 2)
+    if pairs is None:
+        pairs = torch.randint(nodes.shape[1], (len(noise), num_pairs), device=noise.device)
+    start, end = nodes[:, pairs.to(noise.device)]                                               # 2 x (B, M): t > r
+    row = torch.arange(len(noise), device=noise.device)[:, None]                                # (B, 1)
+    z_t, z_r = (trajectory[node, row].flatten(0, 1) for node in (start, end))                   # 2 x (B M, ...)
+    t, r = times[start].flatten(), times[end].flatten()                                         # 2 x (B M,)
+    y = y.repeat_interleave(start.shape[1])                                                     # (B M,)
+    loss = (student(z_t, t, y, r) - (z_t - z_r) / expand(t - r, z_t)).square().mean()
+    return loss, {"mse": loss.detach()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages "distill" and "bootstrap": the MeanFlow identity. Differentiate (t - r) u(z_t, t, r) = z_t - z_r along the flow,
+# with r fixed and dz/dt = v:   u + (t - r) du/dt = v,   so   u = v - (t - r) du/dt.
+
+@torch.no_grad()
+def total_derivative(u, z, t, r, y, v, method="jvp", delta=5e-3):
+    """du/dt = v du/dz + du/dt at fixed r, along the velocity v: (B, ...) like z, without a graph.
+
+    "jvp" is exact: one forward pass that carries tangents. Fused attention has no forward mode, hence the math backend.
+    "fd" is the central difference over t +- delta, of second order in delta: two plain passes, fused attention stays.
+    """
+    if method == "jvp":
+        dz_dt, dt_dt, dr_dt = v.to(z.dtype), torch.ones_like(t), torch.zeros_like(r)
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(lambda z, t, r: u(z, t, y, r), (z, t, r), (dz_dt, dt_dt, dr_dt))[1].to(z.dtype)
+    if method == "fd":
+        both = [torch.cat([a + delta * da, a - delta * da]) for a, da in ((z, v), (t, torch.ones_like(t)))]
+        after, before = u(*both, y.repeat(2), r.repeat(2)).to(z.dtype).chunk(2)
+        return (after - before) / (2 * delta)
+    raise ValueError(f"method must be 'jvp' or 'fd', not {method!r}")
+
+
+def mean_flow_loss(student, x, y, alpha, teacher=None, derivative="jvp", delta=5e-3, t=None, r=None, noise=None, gap_share=0.25, power=1.0):
+    """E5: mean over samples of log L, L = |u(z_t, t, y, r) - stopgrad(v - (t - r) du/dt)|^2 summed over a latent.
+
+    v is teacher(z_t, t, y) (MeanFlow distillation) or, without a teacher, the one-point estimate e - x (MeanFlow
+    training). log L has the gradient of the paper's adaptive weighting 1 / L^p with p = 1; another `power` p gives
+    L^(1 - p) / (1 - p). Where r = t the target is v alone, and no derivative is computed. Of times not given, a share
+    gap_share has r < t.
+    Returns (loss, metrics); metrics["mse"] is the raw mean squared error before weighting.
+    """
+    noise = torch.randn_like(x) if noise is None else noise
+    if t is None:
+        t, r = mean_flow_times(torch.rand(2, len(x), dtype=x.dtype), torch.rand(len(x)) < gap_share, alpha)
+    gap = (r < t).nonzero()[:, 0].to(x.device)                                                  # no sync if t, r are on the CPU
+    t, r = t.to(x), r.to(x)
+    z = (1 - expand(t, x)) * x + expand(t, x) * noise
+    with torch.no_grad():
+        target = noise - x if teacher is None else teacher(z, t, y).to(x.dtype)                 # v, (B, ...)
+        if len(gap):
+            du_dt = total_derivative(student, z[gap], t[gap], r[gap], y[gap], target[gap], derivative, delta)
+            target = target.index_add(0, gap, expand((r - t)[gap], x) * du_dt)
+    error = (student(z, t, y, r) - target).square().flatten(1)                                  # (B, C H W)
+    weighted = error.sum(1) + 1e-3                                                              # (B,)
+    loss = (weighted.log() if power == 1 else weighted ** (1 - power) / (1 - power)).mean()
+    return loss, {"mse": error.detach().mean()}
+
+
+@torch.no_grad()
+def sample(u, noise, y, steps=1):
+    """E6: z_r = z_t - (t - r) u(z_t, t, y, r) over `steps` equal intervals from t = 1 to 0: `steps` evaluations of u."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    times, z = torch.linspace(1, 0, steps + 1, dtype=torch.float64).to(noise), noise
+    for t, r in zip(times[:-1], times[1:]):
+        z = z - (t - r) * u(z, t.expand(len(z)), y, r.expand(len(z))).to(z.dtype)
+    return z
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The demo, `python meanflow.py`: every stage in turn on points of a 4 x 4 checkerboard over [-2, 2]^2
+
+class MLP(torch.nn.Module):
+    """v(z, t, y), and u(z, t, y, r) with the same weights and those of one more input, t - r. z, v and u (B, ..., 2)."""
+
+    def __init__(self, width=128, depth=5):
+        super().__init__()
+        self.register_buffer("frequencies", torch.pi * torch.tensor([0.5, 1, 2]))              # without waves, the edges blur
+        self.first = torch.nn.Linear(15, width)
+        self.gap = torch.nn.Linear(1, width, bias=False)
+        torch.nn.init.zeros_(self.gap.weight)                                                   # a new student's u is its teacher's v
+        hidden = [layer for _ in range(depth - 1) for layer in (torch.nn.Linear(width, width), torch.nn.SiLU())]
+        self.rest = torch.nn.Sequential(torch.nn.SiLU(), *hidden, torch.nn.Linear(width, 2))
+
+    def forward(self, z, t, y, r=None):
+        t, r = (expand(a, z).expand_as(z[..., :1]) for a in (t, t if r is None else r))         # 2 x (B, ..., 1)
+        waves = (z[..., None] * self.frequencies).flatten(-2)                                   # (B, ..., 6)
+        return self.rest(self.first(torch.cat([z, t, waves.sin(), waves.cos()], -1)) + self.gap(t - r))
+
+
+def checkerboard(*shape):
+    """Points uniform on the dark squares: (*shape, 2)."""
+    column, row = torch.randint(4, shape), torch.randint(2, shape)
+    return torch.stack([column, 2 * row + column % 2], -1) + torch.rand(*shape, 2) - 2
+
+
+def train_demo(stage, model, loss_of, steps, lr):
+    """Adam with a learning rate that falls to zero, in place of an average of weights."""
+    from tqdm import tqdm
+    optimizer, bar, mse = torch.optim.Adam(model.parameters()), tqdm(range(steps), stage), None
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        optimizer.zero_grad()
+        loss, metrics = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        mse = metrics["mse"].item() if mse is None else 0.98 * mse + 0.02 * metrics["mse"].item()
+        if step % 100 == 99:
+            bar.set_postfix(mse=f"{mse:.4f}")
+    return model.requires_grad_(False)
+
+
+def demo(path="meanflow.png"):
+    import copy
+    import numpy as np
+    from PIL import Image, ImageDraw
+    torch.manual_seed(0)
+    noise, y = torch.randn(20_000, 2), torch.zeros(20_000)
+    panels = {"data": checkerboard(20_000)}
+    teacher = train_demo("teacher", MLP(), lambda v: flow_matching_loss(v, checkerboard(512), y[:512], alpha=1), 3000, 5e-3)
+    for steps in (25, 4, 1):
+        panels[f"teacher, {steps} step" + "s" * (steps > 1)] = solve_flow(teacher, noise, y, steps, alpha=1, last_only=True)[0][0]
+    losses = {  # for E5 a sample is a cloud of 8 points: the log needs many dimensions, with 2 it pulls u away from the mean
+        "mid": (lambda u: mid_training_loss(u, teacher, torch.randn(64, 2), y[:64], alpha=1, num_pairs=8), 2000, 3e-3),
+        "distill": (lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1, teacher=teacher), 600, 2e-4),
+        "bootstrap": (lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1), 200, 1e-4),
+    }
+    student = teacher
+    for stage, (loss_of, steps, lr) in losses.items():
+        student = train_demo(stage, copy.deepcopy(student).requires_grad_(True), loss_of, steps, lr)
+        panels[f"{stage}, 1 step"] = sample(student, noise, y)
+    dark = np.kron(np.equal.outer(np.arange(4) % 2, np.arange(4) % 2), np.ones((5, 5)))         # (20, 20) bins, 5 x 5 a square
+    density = np.pad(dark / dark.sum(), 4)                                                      # (28, 28) over [-2.8, 2.8]^2
+    picture = Image.new("RGB", (240 * len(panels) + 240, 264), "white")
+    draw = ImageDraw.Draw(picture)
+    print(f"\n{'':20}on dark squares    total variation from the data")
+    for left, (name, points) in zip(range(8, picture.width, 240), panels.items()):
+        fine = np.histogram2d(*points.T.numpy(), bins=56, range=[[-2.8, 2.8]] * 2)[0] / len(points)
+        share = fine.reshape(28, 2, 28, 2).sum((1, 3))                                          # (28, 28); 1 - its sum lies outside
+        print(f"{name:20}{share[density > 0].sum():15.1%}{(np.abs(share - density).sum() + 1 - share.sum()) / 2:35.1%}")
+        picture.paste(Image.fromarray(np.uint8(255 - 170 * (800 * fine.T[::-1]).clip(0, 1.5))).resize((224, 224), 0), (left, 32))
+        draw.text((left, 8), name, "black", font_size=16)
+    left = picture.width - 232
+    draw.text((left, 8), "teacher (blue), distill (red)", "black", font_size=16)
+    paths = solve_flow(teacher, noise[:14], y[:14], 25, alpha=1)[0]                             # (26, 14, 2)
+    for color, lines in (("royalblue", paths), ("crimson", torch.stack([noise[:14], panels["distill, 1 step"][:14]]))):
+        for line in (lines * torch.tensor([40, -40]) + torch.tensor([left + 112, 144])).transpose(0, 1):
+            draw.line([tuple(point) for point in line.tolist()], color, 2)
+            draw.circle(line[-1].tolist(), 3, color)
+    picture.save(path)
+    print(path)
+
+
+if __name__ == "__main__":
+    demo()
