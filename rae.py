@@ -10,8 +10,10 @@ Shapes: B images, G x G = N patches (tokens), P pixels a patch side, C latent ch
 Images are float in [0, 1], (B, 3, S, S); latents (B, C, G, G) are normalised per entry: about mean 0, variance 1.
 """
 import argparse
+import json
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -48,8 +50,12 @@ def run_main(main):
     try:
         main()
     except UserError as error:
+        line = f"{Path(sys.argv[0]).name}: {error}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun ends with a report of its own: let it name the reason too
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
+                json.dumps({"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}))
         sys.exit(2)
 
 

@@ -1,0 +1,722 @@
+"""Train every stage of MeanFlow Transformers with representation autoencoders, with one loop.
+
+Paper: arXiv 2511.13019. The stages, each starting from the checkpoint of the one before it in the folder --out:
+
+    rae        decoder of the representation autoencoder; its encoder is frozen      (--toy: stage "encoder" comes first)
+    flow       the teacher: velocity by flow matching
+    mid        the student: average velocity by Consistency Mid-Training on the teacher's trajectories
+    distill    MeanFlow distillation: the MeanFlow identity with the teacher's velocity
+    bootstrap  MeanFlow training: the same with the one-point estimate in the teacher's place; optional
+
+    python train.py --toy                                    # all of it on a laptop CPU, on pictures it draws itself
+    python train.py --toy --data cifar10/train               # the same on folders of photographs, at 32 x 32
+    torchrun --nproc_per_node=8 train.py --stage mid         # ImageNet 256 as in the paper, from the published teacher
+
+Writes OUT/STAGE.pt, OUT/STAGE.jsonl and OUT/STAGE.NNNNNN.png. The same command again resumes.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import fid
+from dit import MODELS, DiTDH, infer_config
+from meanflow import flow_matching_loss, flow_matching_times, mean_flow_loss, mean_flow_times, mid_training_loss
+from rae import (DECODERS, RAE, Decoder, Encoder, EncoderPretraining, LatentStatistics, UserError, center_crop, fetch, load_file,
+                 load_rae, one_line, published_rae, reconstruction_loss, run_main, unpack_rae)
+from sample import Parser, generate, imagenet_names, load_network, noise_of, positive, save_grid, to_uint8
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What each stage is trained with. batch_size is global; for mid it counts trajectories, each giving `pairs` pairs.
+# The learning rate rises over the share `warmup` of the steps and falls to lr_end after the share decay_from of them.
+
+EPOCH = 1_281_167  # images of ImageNet
+PAPER = {  # the paper's, at 256
+    "rae": dict(batch_size=512, steps=16 * EPOCH // 512, lr=2e-4, lr_end=2e-5, decay="cosine", warmup=1 / 16, ema=0.9978, clip=math.inf, noise=0.8),
+    "flow": dict(batch_size=1024, steps=800 * EPOCH // 1024, lr=2e-4, lr_end=2e-5, decay_from=40 / 800, ema=0.9995),
+    "mid": dict(batch_size=8, pairs=64, steps=27_000, lr=1e-4, ema=0.999),
+    "distill": dict(batch_size=256, steps=180_000, lr=1e-4, ema=0.9999),
+    "bootstrap": dict(batch_size=256, steps=10_000, lr=1e-4, ema=0.9999),
+}
+PAPER_512 = {  # where 512 differs
+    "mid": dict(pairs=8),
+    "distill": dict(batch_size=128, steps=20_000, ema=0.9995),
+    "bootstrap": dict(batch_size=128, ema=0.9995),
+}
+TOY = {  # ours: 32 x 32 pictures, 16 tokens, ten minutes of two CPU cores; small batches and many steps learn most in them
+    "encoder": dict(batch_size=64, steps=1200, lr=2e-3, lr_end=0, warmup=0.05, decay_from=0.3, ema=0.99, noise=0.5),
+    "rae": dict(batch_size=64, steps=400, lr=1e-3, lr_end=0, warmup=0.05, decay_from=0.3, ema=0.99, clip=math.inf, noise=0.5),
+    "flow": dict(batch_size=64, steps=3000, lr=3e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.995),
+    "mid": dict(batch_size=8, pairs=8, steps=800, lr=1.5e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.995),
+    "distill": dict(batch_size=64, steps=1200, lr=3e-4, lr_end=5e-5, decay_from=0.5, ema=0.995, power=0.0),
+    "bootstrap": dict(batch_size=64, steps=200, lr=5e-5, ema=0.995, power=0.0),
+}
+PHOTOGRAPHS = 4        # --toy --data: this many times the toy's steps
+TOY_CHANNELS = 96      # latent channels of the toy's encoder
+TOY_ALPHA = 2.5        # time shift of the toy, tried out: at 1 the classes are learnt later, and the paper's rule gives 0.6
+TOY_START = dict(class_std=1.0, time_std=None)  # with the published 0.02 for both, classes are not told apart within minutes
+DEFAULTS = dict(lr_end=None, decay="linear", decay_from=0.0, warmup=0.0, clip=1.0, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25, power=1.0)
+STARTS_FROM = {"mid": "flow", "distill": "mid", "bootstrap": "distill"}
+NODES = 17             # of a teacher's trajectory in mid: 16 steps
+
+
+def learning_rate(step, c):
+    """Learning rate of a step under the configuration c: warm-up, plateau, decay."""
+    done, plateau_end = step / c["steps"], max(c["decay_from"], c["warmup"])
+    if done < c["warmup"]:
+        return c["lr"] * (step + 1) / (c["warmup"] * c["steps"])
+    if c["lr_end"] is None or done < plateau_end:
+        return c["lr"]
+    done = (done - plateau_end) / (1 - plateau_end)
+    if c["decay"] == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return c["lr"] + (c["lr_end"] - c["lr"]) * done
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+@dataclass
+class Data:
+    images: object          # uint8 (N, 3, S, S) in memory, or a list of N files
+    labels: torch.Tensor    # (N,)
+    classes: tuple          # their names
+    held_out: tuple = None  # images and labels that no stage sees: (M, 3, S, S), (M,)
+    latents: object = None  # (N, C, G, G): of images in memory, encoded once
+
+
+TOY_CLASSES = ("ball", "ring", "square", "triangle", "star", "heart", "moon", "plus", "arrow", "fish")
+
+
+def make_toy_images(num, seed):
+    """Draw `num` pictures of ten shapes -> uint8 (num, 32, 32, 3), labels int64 (num,) = 0..9 in turn.
+
+    Place, size, angle and colours differ; edges are anti-aliased. Picture i is a function of (seed, i).
+    """
+    turn = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    disc = np.stack([np.cos(turn), np.sin(turn)], 1)                                            # (60, 2), y points down
+    spikes = np.where(np.arange(10) % 2, 0.42, 1.1)[:, None] * np.stack([np.sin(np.arange(10) * np.pi / 5), -np.cos(np.arange(10) * np.pi / 5)], 1)
+    heart = np.stack([16 * np.sin(turn) ** 3, -13 * np.cos(turn) + 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn)], 1) / 16
+    shapes = [  # outlines to fill (+) and to cut out (-), in a frame of side 2
+        [(+1, disc)], [(+1, disc), (-1, 0.55 * disc)], [(+1, 0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]))],
+        [(+1, np.array([(0, -1), (1, 0.8), (-1, 0.8)]))], [(+1, spikes)], [(+1, heart)], [(+1, disc), (-1, 0.85 * disc + (0.45, -0.1))],
+        [(+1, np.array([(-.3, -1), (.3, -1), (.3, 1), (-.3, 1)])), (+1, np.array([(-1, -.3), (1, -.3), (1, .3), (-1, .3)]))],
+        [(+1, np.array([(-1, -.28), (.1, -.28), (.1, -.8), (1, 0), (.1, .8), (.1, .28), (-1, .28)]))],
+        [(+1, disc * (0.75, 0.55) + (0.25, 0)), (+1, np.array([(-.3, 0), (-1, -.6), (-1, .6)])), (-1, disc * 0.13 + (0.6, -0.15))],
+    ]
+    images = np.empty((num, 32, 32, 3), np.uint8)
+    labels = np.arange(num) % 10
+    for i in range(num):
+        rng = np.random.default_rng((seed, i))
+        angle, size = rng.uniform(-0.3, 0.3), rng.uniform(10, 13)                            # radians, pixels
+        place = 16 + rng.uniform(-1, 1, 2) * (15 - size)
+        rotate = size * np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+        mask = Image.new("L", (128, 128))
+        for sign, outline in shapes[labels[i]]:
+            ImageDraw.Draw(mask).polygon([tuple(p) for p in 4 * (outline @ rotate + place)], fill=255 * (sign > 0))
+        mask = np.asarray(mask.resize((32, 32), Image.Resampling.BOX), np.float32)[..., None] / 255   # (32, 32, 1)
+        hue, other = rng.uniform(), rng.uniform()
+        colour = lambda h, light: light * (0.62 + 0.38 * np.cos(2 * np.pi * (h + np.array([0, 1 / 3, 2 / 3]))))
+        back = colour(other, rng.uniform(0.15, 0.45)) if i // 10 % 2 else 1 - colour(other, rng.uniform(0.1, 0.35))
+        front = colour(hue, rng.uniform(0.85, 1)) if i // 10 % 2 else colour(hue, rng.uniform(0.45, 0.75))
+        images[i] = np.round(255 * np.clip(back + mask * (front - back), 0, 1))
+    return images, labels
+
+
+def list_photographs(folder):
+    """A folder of class folders -> (files, labels (N,), class names), in torchvision's ImageFolder order."""
+    from torchvision.datasets import ImageFolder
+    try:
+        found = ImageFolder(folder)
+    except FileNotFoundError as error:
+        problem = one_line(error).rstrip(".") if Path(folder).is_dir() else "no such folder"
+        raise UserError(f"--data {folder}: {problem}; give a folder that holds one folder of images for each class") from None
+    if len(found.classes) < 2:
+        raise UserError(f"--data {folder}: only one class folder, {found.classes[0]!r}; class-conditional training needs two or more")
+    return [path for path, _ in found.samples], torch.tensor(found.targets), tuple(found.classes)
+
+
+def read_photograph(path, size):
+    """-> uint8 (3, size, size), ADM's centre crop; OSError where the file is no readable image."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(center_crop(image, size))).permute(2, 0, 1)            # (3, S, S)
+
+
+def refuse_unreadable(bad, total):
+    """A few damaged files are skipped, more than 1 in 1000 end the run. bad: their names."""
+    if len(bad) > total / 1000:
+        raise UserError(f"--data: {len(bad)} of {total} images cannot be read, more than 1 in 1000: {', '.join(sorted(bad)[:5])}"
+                        f"{' ...' if len(bad) > 5 else ''}; remove or replace them")
+
+
+def load_data(args):
+    """The toy's pictures or a folder's photographs, in memory at 32 x 32; for ImageNet the list of its files."""
+    if args.toy and not args.data:
+        pictures = [make_toy_images(num, seed) for num, seed in ((300 if args.dry_run else 20_000, args.seed), (2_000, args.seed + 1))]
+        images, held_out = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x, _ in pictures)   # (N, 3, 32, 32)
+        return Data(images, torch.from_numpy(pictures[0][1]), TOY_CLASSES, (held_out, torch.from_numpy(pictures[1][1])))
+    if not args.data:
+        raise UserError(f"--stage {args.stage} needs images: give --data FOLDER with one folder of images for each class")
+    files, labels, classes = list_photographs(args.data)
+    if not args.toy:
+        return Data(files, labels, classes)
+    images, good, bad = [], [], []
+    for i, path in enumerate(tqdm(files, desc="read", disable=int(os.environ.get("RANK", 0)) > 0, mininterval=2)):
+        try:
+            images.append(read_photograph(path, 32))
+            good.append(i)
+        except OSError:
+            bad.append(path)
+            refuse_unreadable(bad, len(files))
+    if bad:
+        print(f"skipped {len(bad)} unreadable: {', '.join(bad)}", file=sys.stderr)
+    images, labels = torch.stack(images), labels[good]                                          # (N, 3, 32, 32), (N,)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    out, kept = order[:min(2000, len(images) // 10)], order[min(2000, len(images) // 10):]
+    images, labels, held_out = images[kept], labels[kept], (images[out], labels[out])
+    return Data(torch.cat([images, images.flip(3)]), labels.repeat(2), classes, held_out)       # each image and its mirror image
+
+
+@dataclass
+class Samples(Dataset):
+    """Sample n of a run, n = step * batch size + position in the global batch: a function of (seed, stage, n) alone.
+
+    Its image, flip, noise, times and dropped label come from one generator of its own; epochs are permutations. So a
+    resumed run, other micro-batches and other numbers of processes all see the same samples.
+    """
+    stage: str
+    seed: int
+    images: object                   # like Data.images or Data.latents; None: labels alone
+    labels: object
+    num_classes: int
+    size: int                        # side of images read from files, which are flipped at random
+    noise_shape: tuple
+    num_uniform: int = 2
+    label_drop: float = 0.0
+    gap_share: float = 0.25
+
+    def __post_init__(self):
+        self.stream, self.epoch = zlib.crc32(f"{self.stage} {self.seed}".encode()), None
+
+    def index(self, n):
+        epoch, place = divmod(n, len(self.images))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.stage} {self.seed} epoch {epoch}".encode()))
+            self.epoch, self.order = epoch, torch.randperm(len(self.images), generator=generator)
+        return int(self.order[place])
+
+    def __getitem__(self, n):
+        generator = torch.Generator().manual_seed((self.stream + n) % 2**32)
+        drop, flip, which, *uniform = torch.rand(3 + self.num_uniform, generator=generator).unbind()
+        sample = dict(noise=torch.randn(self.noise_shape, generator=generator), uniform=torch.stack(uniform), bad="",
+                      keep_gap=math.floor((n + 1) * self.gap_share) > math.floor(n * self.gap_share))
+        if self.images is None:
+            label = int(which * self.num_classes)
+        else:
+            i = self.index(n)
+            label, x = int(self.labels[i]), self.images[i]
+            if isinstance(x, str):
+                try:
+                    x = read_photograph(x, self.size)
+                except OSError:  # named and counted by the loop; grey stands in for it
+                    sample["bad"], x = x, torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
+                x = x.flip(2) if flip < 0.5 else x                                              # (3, S, S)
+            sample["x"] = x
+        return sample | dict(label=self.num_classes if drop < self.label_drop else label)
+
+
+@torch.no_grad()
+def in_batches(images, size, device, function, what, rank=0, world=1):
+    """Yield function(images in [0, 1]) for all images, or for every world-th of them; 256 at a time."""
+    mine = list(range(rank, len(images), world))
+    for first in tqdm(range(0, len(mine), 256), desc=what, leave=False, disable=rank > 0):
+        batch = [images[i] for i in mine[first:first + 256]]
+        batch = torch.stack([read_photograph(x, size) if isinstance(x, str) else x for x in batch])
+        yield function(batch.to(device).float() / 255)                                          # of (B, 3, S, S)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a stage starts from
+
+def resolve(stage, args):
+    """The stage's configuration: the table's row, then the flags that were given."""
+    c = DEFAULTS | (TOY[stage] if args.toy else PAPER[stage] | (PAPER_512.get(stage, {}) if args.resolution == 512 else {}))
+    c["steps"] *= PHOTOGRAPHS if args.toy and args.data else 1
+    c |= {key: getattr(args, key) for key in ("batch_size", "steps", "lr") if getattr(args, key) is not None}
+    c |= dict(stage=stage, toy=args.toy, resolution=32 if args.toy else args.resolution, model=args.model or ("toy" if args.toy else "XL"))
+    c |= {key: getattr(args, key) for key in ("seed", "data", "init", "teacher", "rae", "derivative", "precision")}
+    return c | (dict(steps=1) if args.dry_run else {})
+
+
+def checkpoint_of(stage, flag, given, out):
+    """Path of the checkpoint that a flag names, or else of the stage in OUT; None where OUT has none."""
+    path = Path(given) if given else out / f"{stage}.pt"
+    if given and not path.exists():
+        raise UserError(f"{flag} {given}: no such file")
+    return path if path.exists() else None
+
+
+def missing(stage, flag, out):
+    return UserError(f"{out / stage}.pt: no such file; train the stage {stage} first, or give its checkpoint with {flag}")
+
+
+def load_role(path, flag, average_velocity):
+    """A network for a role: the teacher has a velocity, the student an average velocity. -> (network, file's content)"""
+    network, content = load_network(path)
+    if (network.r_embedder is not None) != average_velocity:
+        needed = "average velocity (a checkpoint of mid, distill or bootstrap)" if average_velocity else "velocity (a checkpoint of flow)"
+        raise UserError(f"{flag} {path}: holds {'an average' if network.r_embedder is not None else 'a'} velocity, needed is {needed}")
+    return network, content
+
+
+def build_autoencoder(stage, args, out, classes):
+    """Stages encoder and rae -> (module to train, RAE)."""
+    if stage == "encoder":
+        encoder = Encoder("toy", 32, channels=TOY_CHANNELS)
+        return EncoderPretraining(encoder, len(classes), 32 // encoder.grid), None
+    if args.toy:
+        if not (out / "encoder.pt").exists():
+            raise missing("encoder", "--out", out)
+        pretraining = EncoderPretraining(Encoder("toy", 32, channels=TOY_CHANNELS), len(classes), 8)
+        pretraining.load_state_dict(load_file(out / "encoder.pt")["ema"])
+        encoder = pretraining.encoder
+    else:
+        encoder = Encoder(image_size=args.resolution, weights=args.encoder_weights)
+    size = encoder.config["image_size"]
+    decoder = Decoder(encoder.shape[0], encoder.grid, size // encoder.grid, **DECODERS["toy" if args.toy else "XL"])
+    if args.toy:  # its pretraining has trained a decoder already, and ten minutes are short
+        decoder.load_state_dict(pretraining.draw.state_dict())
+    return decoder, RAE(encoder.eval().requires_grad_(False), decoder)
+
+
+def build_flow(stage, args, c, out, classes):
+    """Stages in latent space -> (network to train, RAE, teacher or None, alpha, class names)."""
+    teacher, content = None, {}
+    if stage in ("mid", "distill"):
+        path = checkpoint_of("flow", "--teacher", args.teacher, out)
+        if path is None and args.toy:
+            raise missing("flow", "--teacher", out)
+        teacher, content = load_role(path or fetch("teacher", args.resolution, "--teacher"), "--teacher", average_velocity=False)
+    trained = None
+    if args.init != "none":
+        if stage == "mid":  # the student starts as its teacher: all weights, and a time-gap embedding without effect
+            source = load_role(args.init, "--init", average_velocity=False)[0] if args.init else teacher
+            state = source.state_dict()
+            trained = DiTDH(**infer_config(state) | dict(average_velocity=True))
+            trained.load_state_dict(trained.state_dict() | state)
+        elif stage != "flow" or args.init:
+            path = checkpoint_of(STARTS_FROM.get(stage), "--init", args.init, out)
+            if path is None:
+                raise missing(STARTS_FROM[stage], "--init", out)
+            trained, content = load_role(path, "--init", average_velocity=stage != "flow")
+
+    options = dict(with_encoder=stage != "mid", encoder_weights=args.encoder_weights)
+    path = None if args.rae and Path(args.rae).is_dir() else checkpoint_of("rae", "--rae", args.rae, out)
+    if path:
+        rae = load_rae(path, **options)
+    elif content.get("rae"):
+        rae = unpack_rae(content["rae"], **options)
+    elif args.toy:
+        raise missing("rae", "--rae", out)
+    else:
+        rae = published_rae(args.resolution, args.rae, **options)
+    latent = rae.decoder.config["latent_dim"], rae.decoder.config["grid"]
+    if trained is None:
+        classes = content.get("classes") or classes or imagenet_names()
+        trained = DiTDH(input_size=latent[1], in_channels=latent[0], num_classes=len(classes), average_velocity=stage != "flow",
+                        **TOY_START if args.toy else {}, **MODELS[c["model"]])
+    classes = content.get("classes") or classes or [str(i) for i in range(trained.num_classes)]
+    for what, network in (("student", trained), ("teacher", teacher)):
+        if network is not None and (network.in_channels, network.input_size, network.num_classes) != (*latent, len(classes)):
+            raise UserError(f"the {what} has {network.in_channels} channels, grid {network.input_size} and {network.num_classes} classes, but the RAE "
+                            f"and the data have {latent[0]}, {latent[1]} and {len(classes)}; check --init, --teacher, --rae and --data")
+    alpha = content.get("alpha") or (TOY_ALPHA if args.toy else (latent[0] * latent[1] ** 2 / 4096) ** 0.5)
+    return trained.requires_grad_(True), rae, teacher, alpha, tuple(classes)
+
+
+def save(content, path):
+    """Write beside the target, flush to the disk, rename: the old checkpoint stays until the new one is whole."""
+    temporary = path.with_suffix(".pt.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One stage, from top to bottom
+
+def train(stage, args, data):
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device, out, save_to = torch.device(args.device), Path(args.out), Path(args.save_to)
+    say = (lambda text: tqdm.write(text, file=sys.stderr)) if rank == 0 else (lambda text: None)
+    c = resolve(stage, args)
+    share = c["batch_size"] // world                                # samples of a step on this process
+    micro = min(args.micro_batch or share, share)                   # of these, so many at a time
+    if c["batch_size"] % world:
+        raise UserError(f"--batch_size {c['batch_size']}: cannot be divided among {world} processes; give a multiple of {world}")
+    if share % micro:
+        raise UserError(f"--micro_batch {micro}: does not divide the {share} samples of each process")
+
+    # Networks. A random start is a function of (seed, stage).
+    torch.manual_seed(zlib.crc32(f"{stage} {args.seed} start".encode()))
+    teacher = alpha = None
+    if stage in ("encoder", "rae"):
+        classes = data.classes
+        trained, rae = build_autoencoder(stage, args, out, classes)
+        noise_shape = (rae or trained).encoder.shape
+    else:
+        trained, rae, teacher, alpha, classes = build_flow(stage, args, c, out, data and data.classes)
+        noise_shape = (trained.in_channels, trained.input_size, trained.input_size)
+    trained.to(device).train()
+    ema = copy.deepcopy(trained).requires_grad_(False).eval()
+    rae, teacher = (net if net is None else net.to(device) for net in (rae, teacher))
+    weights, ema_weights = list(trained.parameters()), list(ema.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=c["lr"], betas=c["betas"], weight_decay=0, fused=True)
+
+    # Resume
+    start, path, log_path, elapsed = 0, save_to / f"{stage}.pt", save_to / f"{stage}.jsonl", 0.0
+    if path.exists():
+        state = load_file(path)
+        for key in ("toy", "resolution", "model", "data", "seed", "batch_size"):
+            if state["config"][key] != c[key]:
+                raise UserError(f"{path}: was made with {key} {state['config'][key]}, this run has {c[key]}; give the same --{key}, or another --out")
+        start, elapsed = state["step"], state["seconds"]
+        if start >= c["steps"]:
+            return say(f"{path}: complete, {start} steps")
+        trained.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    say(json.dumps(dict(c, parameters=sum(p.numel() for p in weights), start=start, world=world, micro_batch=micro)))
+    if rank == 0:
+        save_to.mkdir(parents=True, exist_ok=True)
+        lines = [line for line in log_path.read_text().splitlines() if json.loads(line).get("step", 0) <= start] if start and log_path.exists() else []
+        log_path.write_text("".join(line + "\n" for line in [*lines, json.dumps(dict(config=c, start=start, command=sys.argv, torch=torch.__version__))]))
+    wandb_run = start_wandb(args, c) if args.wandb and rank == 0 else None
+
+    # Networks as the losses call them: evaluated in the chosen precision, answering in float32.
+    def in_precision(net):
+        def call(*inputs):
+            with torch.autocast(device.type, torch.bfloat16, enabled=c["precision"] == "bf16"):
+                result = net(*inputs)
+            return result.float() if isinstance(result, torch.Tensor) else result
+        return call
+
+    wrapped = torch.compile(trained) if args.compile else trained
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
+    student, teacher = in_precision(wrapped), teacher and in_precision(teacher)
+    if stage != "encoder":
+        encode = in_precision(rae.encoder if stage == "rae" else rae.encode)
+
+    # Samples
+    images = None if stage == "mid" else data.images
+    if stage in ("flow", "distill", "bootstrap") and torch.is_tensor(images):
+        if data.latents is None:
+            data.latents = torch.cat([z.cpu() for z in in_batches(images, c["resolution"], device, encode, "encode")])
+        images = data.latents                                       # (N, C, G, G)
+    samples = Samples(stage, args.seed, images, data and data.labels, len(classes), c["resolution"], tuple(noise_shape),
+                      c["pairs"] if stage == "mid" else 2, 0.0 if stage in ("encoder", "rae") else c["label_drop"], c["gap_share"])
+    numbers = [range(first, first + micro) for step in range(start, c["steps"]) for first in
+               range(step * c["batch_size"] + rank * share, step * c["batch_size"] + (rank + 1) * share, micro)]
+    workers = args.workers if isinstance(images, list) else 0
+    batches = iter(DataLoader(samples, batch_sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
+
+    bad, step, clock, logged = set(), start, time.perf_counter(), (start, time.perf_counter())
+    bar = tqdm(total=c["steps"], initial=start, desc=stage, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10)
+    while step < c["steps"]:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c)
+        totals = {}
+        for first in range(0, share, micro):
+            batch = next(batches)
+            bad.update(filter(None, batch["bad"]))
+            y, noise = (batch[key].to(device, non_blocking=True) for key in ("label", "noise"))     # (B,), (B, C, G, G)
+            if stage != "mid":
+                x = batch["x"].to(device, non_blocking=True)
+                if x.dtype == torch.uint8:
+                    x = x.float() / 255                                                         # (B, 3, S, S)
+                if stage in ("flow", "distill", "bootstrap") and images is not data.latents:
+                    x = encode(x)                                                               # (B, C, G, G)
+            if stage == "encoder":
+                loss, metrics = student(x, y, noise, c["noise"])
+            elif stage == "rae":
+                loss, metrics = reconstruction_loss(student, x, encode(x), noise, c["noise"] * batch["uniform"][:, 0].to(device))
+            elif stage == "flow":
+                loss, metrics = flow_matching_loss(student, x, y, alpha, flow_matching_times(batch["uniform"][:, 0], alpha), noise)
+            elif stage == "mid":
+                pairs = (batch["uniform"] * (NODES * (NODES - 1) // 2)).long()                      # (B, pairs)
+                loss, metrics = mid_training_loss(student, teacher, noise, y, alpha, NODES, c["pairs"], pairs)
+            else:
+                t, r = mean_flow_times(batch["uniform"].T, batch["keep_gap"], alpha)                # (B,), (B,) on the CPU
+                loss, metrics = mean_flow_loss(student, x, y, alpha, teacher if stage == "distill" else None, args.derivative,
+                                               t=t, r=r, noise=noise, power=c["power"])
+            with wrapped.no_sync() if world > 1 and first + micro < share else nullcontext():
+                (loss * micro / share).backward()
+            for key, value in (("loss", loss.detach()), *metrics.items()):
+                totals[key] = totals.get(key, 0) + value * micro / share
+        grad_norm = nn.utils.clip_grad_norm_(weights, c["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(ema_weights, [w.detach() for w in weights], 1 - c["ema"])
+        step += 1
+        bar.update()
+
+        last, saving = step == c["steps"], step % args.save_every == 0 or step == c["steps"]
+        if saving or step % args.log_every == 0 or step == start + 1:
+            values = torch.stack([v.float() for v in totals.values()])
+            if world > 1:
+                dist.all_reduce(values)
+                values /= world
+            now = time.perf_counter()
+            line = dict(step=step, **dict(zip(totals, values.tolist())), grad_norm=float(grad_norm), lr=learning_rate(step - 1, c),
+                        images_per_s=round((step - logged[0]) * c["batch_size"] / (now - logged[1]), 1), seconds=round(elapsed + now - clock, 2))
+            logged = step, now
+            if device.type == "cuda":
+                line["peak_GB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
+                raise UserError(f"{stage}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step}; the last checkpoint is kept; "
+                                "give a smaller --lr or --precision fp32")
+            refuse_unreadable(bad, len(images) if images is not None else 1)
+            bar.set_postfix(dict(loss=f"{line['loss']:.3f}", mse=f"{line['mse']:.4f}", grad=f"{line['grad_norm']:.2f}", img_s=line["images_per_s"]), refresh=False)
+            if rank == 0:
+                with log_path.open("a") as log:
+                    log.write(json.dumps(line) + "\n")
+            if wandb_run:
+                wandb_run.log(line, step=step)
+
+        if saving:
+            if stage == "rae" and last:  # the statistics of the latents are part of what this stage makes
+                statistics = LatentStatistics()
+                for z in in_batches(data.images, c["resolution"], device, encode, "statistics", rank, world):
+                    statistics.update(z)
+                rae.mean, rae.var = statistics.mean_and_variance()
+                rae.decoder, data.latents = ema, None
+            if rank == 0:
+                content = dict(stage=stage, step=step, seconds=elapsed + time.perf_counter() - clock, config=c, classes=classes, alpha=alpha,
+                               random=dict(seed=args.seed, next_sample=step * c["batch_size"]),
+                               model=trained.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+                if stage != "encoder" and (stage != "rae" or last):
+                    content["rae"] = rae.packed()
+                save(content, path)
+        if rank == 0 and (last or step % args.sample_every == 0):
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=c["precision"] == "bf16"):
+                if stage in ("encoder", "rae"):  # rows of originals, each above its reconstructions
+                    shown = next(in_batches(data.images[:32], c["resolution"], device, lambda x: x, "show"))                # (32, 3, S, S)
+                    drawn = ema.draw(ema.encoder(shown)) if stage == "encoder" else ema(encode(shown))
+                    pictures = torch.stack([shown.unflatten(0, (-1, 8)), drawn.clamp(0, 1).unflatten(0, (-1, 8))], 1).flatten(0, 2)
+                else:  # a class a column
+                    labels = (torch.arange(8) * max(1, len(classes) // 8) % len(classes)).repeat(4).to(device)
+                    noise = noise_of(args.seed, range(32), noise_shape).to(device)
+                    pictures = generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha)
+            save_grid(pictures, save_to / f"{stage}.{step:06d}.png")
+    bar.close()
+    if bad:
+        say(f"{stage}: skipped {len(bad)} unreadable images: {', '.join(sorted(bad)[:20])}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The toy's verdict
+
+def train_classifier(images, labels, num_classes, steps, device, seed=0):
+    """A small convolutional network, trained on (N, 3, 32, 32) uint8: whether a sample shows the class it was asked for."""
+    torch.manual_seed(seed)
+    half = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU(), *half(32, 64), *half(64, 128), *half(128, 256),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc="classifier", mininterval=0.5 if sys.stderr.isatty() else 10):
+        pick = torch.randint(len(images), (128,))
+        x = images[pick].to(device, memory_format=torch.channels_last).float() / 255            # (128, 3, 32, 32)
+        F.cross_entropy(net(x), labels[pick].to(device)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def toy_report(args, data, num=1000):
+    """Print and save how teacher and students do, and one picture that puts them side by side."""
+    out, device = Path(args.save_to), torch.device(args.device)
+    names = data.classes
+    real, real_labels = data.held_out                                                           # uint8 (M, 3, 32, 32), (M,)
+    with torch.enable_grad():
+        if args.data:
+            classifier = train_classifier(data.images, data.labels, len(names), 2 if args.dry_run else 250 * PHOTOGRAPHS, device)
+        else:
+            drawn, drawn_labels = make_toy_images(500 if args.dry_run else 10_000, args.seed + 2)  # no stage has seen these
+            drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
+            classifier = train_classifier(drawn, torch.from_numpy(drawn_labels), len(names), 2 if args.dry_run else 250, device)
+    rae = load_rae(Path(args.out) / "rae.pt", device)
+    features = lambda images: rae.features(images.to(device).float() / 255)
+    measure = lambda images: fid.feature_statistics(features, images, batch_size=500, extractor="toy encoder")
+    reference = measure(real)
+    decoded = torch.cat([to_uint8(z) for z in in_batches(real, 32, device, lambda x: rae.decode(rae.encode(x)).clamp(0, 1).cpu(), "decode")])
+    rows = [dict(name="real images, held out", steps="", images=real, labels=real_labels), dict(name="their reconstructions", steps="", images=decoded, labels=real_labels)]
+    for stage, all_steps in (("flow", (25, 4, 1)), ("mid", (1, 2)), ("distill", (1, 2)), ("bootstrap", (1, 2))):
+        network, content = load_network(out / f"{stage}.pt")
+        network.to(device)
+        labels = (torch.arange(num) % len(names)).to(device)
+        noise = noise_of(args.seed, range(num), (network.in_channels, network.input_size, network.input_size)).to(device)
+        for steps in all_steps:
+            clock = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                images = torch.cat([to_uint8(generate(network, rae, n, y, steps, content["alpha"]).float()).cpu() for n, y in zip(noise.split(250), labels.split(250))])
+            rows.append(dict(name="teacher" if stage == "flow" else f"student after {stage}", steps=steps, images=images, labels=labels.cpu(),
+                             seconds=time.perf_counter() - clock))
+    say = lambda text: tqdm.write(text, file=sys.stdout)
+    say(f"\n{'':24} {'steps':>5} {'Frechet distance':>17} {'class agreement':>16} {'s per 1000':>11}")
+    for row in rows:
+        guess = torch.cat([classifier(x.to(device).float() / 255).argmax(1).cpu() for x in row["images"].split(500)])
+        row["agreement"] = (guess == row["labels"]).float().mean().item()
+        row["frechet"] = fid.frechet_distance(*(moment for s in (measure(row["images"]), reference) for moment in (s.mean, s.covariance)))
+        say(f"{row['name']:24} {row['steps']:>5} {row['frechet']:17.3f} {row['agreement']:15.1%} "
+            + (f"{row['seconds'] * 1000 / num:11.1f}" if "seconds" in row else ""))
+    (out / "report.json").write_text(json.dumps([{k: v for k, v in row.items() if k not in ("images", "labels")} for row in rows], indent=1))
+
+    shown = [rows[0], rows[1], rows[2], rows[4], rows[5], rows[7], rows[9]]                     # two rows of a class a column, each
+    columns = [int(i) for i in torch.linspace(0, len(names) - 1, min(10, len(names)))]
+    strips = []
+    for row in shown:
+        where = [(row["labels"] == k).nonzero()[:, 0][:2] for k in columns]
+        strips.append(torch.stack([row["images"][w[min(j, len(w) - 1)]] for j in (0, 1) for w in where if len(w)]))
+    save_grid(torch.cat(strips).float() / 255, out / "comparison.png", columns=len(strips[0]) // 2)
+    picture = Image.open(out / "comparison.png")
+    labelled = Image.new("RGB", (picture.width + 190, picture.height), "white")
+    labelled.paste(picture, (190, 0))
+    for i, row in enumerate(shown):
+        text = row["name"] + (f",\n{row['steps']} step{'s' * (row['steps'] > 1)}" if row["steps"] else "")
+        ImageDraw.Draw(labelled).text((8, int((i + 0.35) * picture.height / len(shown))), text, fill="black", font_size=15)
+    labelled.save(out / "comparison.png")
+    say(f"\nFrechet distance: in the encoder's features, to {len(real)} held-out images. Agreement: a classifier that no stage has seen.\n"
+        f"{out / 'comparison.png'} shows them side by side; {out / 'report.json'} holds the table.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def bf16_pays(size=768):
+    """Whether this CPU multiplies bf16 matrices at least twice as fast as float32 ones; measured, since names deceive."""
+    def seconds(dtype):
+        a = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(8):
+            clock = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - clock)
+        return min(times)
+    return 2 * seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+def start_wandb(args, c):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb: the package wandb is not installed; pip install wandb, or leave the flag out") from None
+    return wandb.init(project="meanflow-rae", name=f"{Path(args.out).name}-{c['stage']}", config=c)
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--stage", choices=[*TOY], help="one stage (default with --toy: all of them in turn, then a report)")
+    what.add_argument("--toy", action="store_true", help="small networks, 32 x 32 images, a CPU")
+    what.add_argument("--resolution", type=int, choices=(256, 512), default=256, help="of ImageNet, in pixels (default 256)")
+    what.add_argument("--data", help="folder with one folder of images for each class (default with --toy: drawn pictures)")
+    what.add_argument("--model", choices=[*MODELS], help="size of the transformer (default XL; with --toy: toy)")
+    what.add_argument("--out", help="folder of the checkpoints (default out/toy, out/photographs, out/256 or out/512)")
+    start = parser.add_argument_group("what to start from (default: the checkpoints in OUT, then the published weights)")
+    start.add_argument("--init", help="checkpoint to start the network from, or none: random")
+    start.add_argument("--teacher", help="checkpoint of the velocity network, ours or published")
+    start.add_argument("--rae", help="checkpoint with the RAE, or a folder laid out like the hub repository")
+    start.add_argument("--encoder_weights", help="local file with the DINOv2 encoder's weights (default: timm's hub)")
+    how = parser.add_argument_group("how (defaults: the tables at the top of train.py)")
+    how.add_argument("--steps", type=positive, help="optimiser steps of a stage")
+    how.add_argument("--batch_size", type=positive, help="samples a step over all processes; for mid, trajectories")
+    how.add_argument("--micro_batch", type=positive, help="samples at a time on a process; the rest by accumulation (default: all)")
+    how.add_argument("--lr", type=float, help="peak learning rate")
+    how.add_argument("--derivative", choices=("jvp", "fd"), default="jvp", help="du/dt: exact, or central difference (default jvp)")
+    how.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32; on a CPU that is fast at it, bf16)")
+    how.add_argument("--compile", action="store_true", help="torch.compile the trained network")
+    how.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
+    how.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    how.add_argument("--workers", type=int, default=8, help="processes a rank that read images of ImageNet (default 8)")
+    watch = parser.add_argument_group("what to write")
+    watch.add_argument("--save_every", type=positive, help="steps between checkpoints (default 2500; with --toy 500)")
+    watch.add_argument("--sample_every", type=positive, help="steps between pictures (default 2500; with --toy 500)")
+    watch.add_argument("--log_every", type=positive, help="steps between lines of the log (default 50; with --toy 10)")
+    watch.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    watch.add_argument("--dry_run", action="store_true", help="one step of everything, written to a temporary folder and deleted")
+    args = parser.parse_args()
+
+    if not args.stage and not args.toy:
+        raise UserError("give --stage, or --toy for all stages on a CPU (see --help)")
+    if args.stage == "encoder" and not args.toy:
+        raise UserError("--stage encoder belongs to --toy; at ImageNet size the encoder is DINOv2, as it is")
+    if args.lr is not None and not args.lr > 0:
+        raise UserError(f"--lr {args.lr}: must be positive")
+    args.out = args.out or ("out/photographs" if args.data else "out/toy") * args.toy or f"out/{args.resolution}"
+    for flag, toy, paper in (("save_every", 500, 2500), ("sample_every", 500, 2500), ("log_every", 10, 50)):
+        setattr(args, flag, getattr(args, flag) or (toy if args.toy else paper))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: torch sees no GPU; leave the flag out to use the CPU")
+    if args.device == "cuda":
+        args.device = f"cuda:{local_rank}"
+        torch.cuda.set_device(local_rank)
+    if args.precision is None:
+        args.precision = "bf16" if args.device == "cpu" and args.toy and bf16_pays() else "fp32"
+    return args
+
+
+def main():
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch.func.jvp's own
+    args = parse_arguments()
+    torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
+    if args.device == "cpu":
+        torch.backends.cuda.enable_flash_sdp(False)                    # despite the name also the CPU's, slow at few tokens
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    try:
+        temporary = tempfile.TemporaryDirectory() if args.dry_run else nullcontext(args.out)
+        with temporary as args.save_to:
+            if args.dry_run and not args.stage:
+                args.out = args.save_to
+            needs_images = args.stage != "mid"
+            data = load_data(args) if needs_images else None
+            clock = time.perf_counter()
+            for stage in [args.stage] if args.stage else TOY:
+                train(stage, args, data)
+            if args.toy and not args.stage and int(os.environ.get("RANK", 0)) == 0:
+                toy_report(args, data)
+            tqdm.write(f"{(time.perf_counter() - clock) / 60:.1f} minutes", file=sys.stderr)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
