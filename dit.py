@@ -48,8 +48,8 @@ class RotaryPositions(nn.Module):
         self.register_buffer("freqs_sin", angle.sin().flatten(0, 1))
 
     def forward(self, x):
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)                                         # 2 x (B, K, N, D / K / 2)
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)                                  # (B, K, N, D / K)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)                                         # 2 x (..., N, D / K / 2)
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)                                  # (..., N, D / K)
         return (x * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)
 
 
@@ -101,8 +101,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, rotary):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)      # 3 x (B, K, N, D / K)
-        x = F.scaled_dot_product_attention(rotary(q), rotary(k), v)                             # (B, K, N, D / K)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)          # (3, B, K, N, D / K)
+        q, k = rotary(qkv[:2])                                                                  # 2 x (B, K, N, D / K)
+        x = F.scaled_dot_product_attention(q, k, qkv[2])                                        # (B, K, N, D / K)
         return self.proj(x.transpose(1, 2).flatten(2))                                          # (B, N, D)
 
 
@@ -117,6 +118,10 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)                                                    # (B, N, D)
 
 
+def modulate(x, shift, scale):
+    return x.to(scale.dtype) * (1 + scale) + shift
+
+
 class Block(nn.Module):
     """Attention and SwiGLU, each shifted, scaled and gated by the condition c: (B, 1, D) for all tokens, or (B, N, D)."""
 
@@ -129,8 +134,8 @@ class Block(nn.Module):
 
     def forward(self, x, c, rotary):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rotary)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rotary)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -142,7 +147,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)                            # (B, N, D) -> (B, N, C)
+        return self.linear(modulate(self.norm_final(x), shift, scale))                          # (B, N, D) -> (B, N, C)
 
 
 class PatchEmbedding(nn.Module):

@@ -12,6 +12,7 @@ Images are float in [0, 1], (B, 3, S, S); latents (B, C, G, G) are normalised pe
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -45,11 +46,35 @@ class UserError(ValueError):
     """Something the user can mend: its text is one line that names the file or flag, and it is all that is printed."""
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def at_least(minimum):
+    """The type of a flag: a whole number of at least `minimum`."""
+    def parse(text):
+        if not text.isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
+        return int(text)
+    return parse
+
+
+def pick_device(name):
+    """What --device names, or a GPU if there is one, or the CPU. Raises UserError where torch has no such device."""
+    try:
+        return str(torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not to be had ({one_line(error)}); leave the flag out to use what there is") from None
+
+
 def run_main(main):
-    """Run a script's main(): a UserError ends it in one line (of the first process only) and exit status 2."""
+    """Run a script's main(): what a user can mend ends it in one line (of the first process only) and exit status 2."""
     try:
         main()
-    except UserError as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as error:
         line = f"{Path(sys.argv[0]).name}: {error}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(line, file=sys.stderr, flush=True)
@@ -306,7 +331,7 @@ def load_weights(path, content=None):
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no state dict")
     state = content.get("ema") or content.get("model") or content
-    return {k.removeprefix("_orig_mod.").removeprefix("module."): v for k, v in state.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
 
 
 def fetch(kind, resolution, flag):
@@ -355,7 +380,7 @@ def center_crop(image, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Reconstruct an image: original left, reconstruction right.")
+    parser = Parser(description="Reconstruct an image: original left, reconstruction right.")
     parser.add_argument("image", help="image file of any size; its centre is used")
     parser.add_argument("--rae", help="checkpoint of train.py, or a folder laid out like the hub repository (default: the hub)")
     parser.add_argument("--resolution", type=int, default=256, choices=(256, 512), help="of the published RAE (default 256)")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import meanflow
 from dit import DiTDH, infer_config
-from rae import UserError, load_file, load_weights, one_line, published_rae, run_main, unpack_rae
+from rae import Parser, UserError, at_least, load_file, load_weights, one_line, pick_device, published_rae, run_main, unpack_rae
 
 
 def noise_of(seed, indices, shape):
@@ -100,31 +100,21 @@ def parse_classes(text, names):
     return chosen
 
 
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
 def main():
     parser = Parser(description="Images from a checkpoint of train.py or a published one.", epilog=__doc__.split("\n\n")[2],
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="checkpoint of flow, mid, distill or bootstrap, or published DiTDH weights")
-    parser.add_argument("--steps", type=positive, help="evaluations of the network an image (default: student 1, teacher 50)")
-    parser.add_argument("--num", type=positive, help="number of images (default 64)", default=64)
+    parser.add_argument("--steps", type=at_least(1), help="evaluations of the network an image (default: student 1, teacher 50)")
+    parser.add_argument("--num", type=at_least(1), help="number of images (default 64)", default=64)
     parser.add_argument("--classes", help="names, numbers and ranges, separated by commas (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i) (default 0)")
-    parser.add_argument("--out", help="grid PNG, or a folder for one PNG an image (default: CKPT with the ending .samples.png)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="image i is a function of (seed, i) (default 0)")
+    parser.add_argument("--out", help="grid PNG of the first 64, or a folder for one PNG an image (default: CKPT with the ending .samples.png)")
     parser.add_argument("--npz", help="also write arr_0 (uint8 N,H,W,3) and arr_1 (labels) here")
-    parser.add_argument("--batch_size", type=positive, default=64, help="images at a time (default 64)")
+    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images at a time (default 64)")
     parser.add_argument("--rae", help="for published weights: our RAE checkpoint or a folder like the hub's (default: the hub)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (default: a GPU if there)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     args = parser.parse_args()
+    args.device = pick_device(args.device)
 
     model, content = load_network(args.ckpt)
     channels, grid = model.in_channels, model.input_size
@@ -160,7 +150,7 @@ def main():
         pictures.append(images)
     pictures = torch.cat(pictures)                                                              # (num, 3, S, S)
     if not as_folder:
-        save_grid(pictures / 255, out)
+        save_grid(pictures[:64] / 255, out)
     if args.npz:
         np.savez(args.npz, arr_0=pictures.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
     print(f"{args.num} images, {steps} evaluation{'s' * (steps > 1)} each: {out}" + (f", {args.npz}" if args.npz else ""))

@@ -41,9 +41,9 @@ from tqdm import tqdm
 import fid
 from dit import MODELS, DiTDH, infer_config
 from meanflow import flow_matching_loss, flow_matching_times, mean_flow_loss, mean_flow_times, mid_training_loss
-from rae import (DECODERS, RAE, Decoder, Encoder, EncoderPretraining, LatentStatistics, UserError, center_crop, fetch, load_file,
-                 load_rae, one_line, published_rae, reconstruction_loss, run_main, unpack_rae)
-from sample import Parser, generate, imagenet_names, load_network, noise_of, positive, save_grid, to_uint8
+from rae import (DECODERS, RAE, Decoder, Encoder, EncoderPretraining, LatentStatistics, Parser, UserError, at_least, center_crop, fetch,
+                 load_file, load_rae, one_line, pick_device, published_rae, reconstruction_loss, run_main, unpack_rae)
+from sample import generate, imagenet_names, load_network, noise_of, save_grid, to_uint8
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What each stage is trained with. batch_size is global; for mid it counts trajectories, each giving `pairs` pairs.
@@ -63,12 +63,12 @@ PAPER_512 = {  # where 512 differs
     "bootstrap": dict(batch_size=128, ema=0.9995),
 }
 TOY = {  # ours: 32 x 32 pictures, 16 tokens, ten minutes of two CPU cores; small batches and many steps learn most in them
-    "encoder": dict(batch_size=64, steps=1200, lr=2e-3, lr_end=0, warmup=0.05, decay_from=0.3, ema=0.99, noise=0.5),
+    "encoder": dict(batch_size=64, steps=1100, lr=2e-3, lr_end=0, warmup=0.05, decay_from=0.3, ema=0.99, noise=0.5),
     "rae": dict(batch_size=64, steps=400, lr=1e-3, lr_end=0, warmup=0.05, decay_from=0.3, ema=0.99, clip=math.inf, noise=0.5),
-    "flow": dict(batch_size=64, steps=3000, lr=3e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.995),
-    "mid": dict(batch_size=8, pairs=8, steps=800, lr=1.5e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.995),
-    "distill": dict(batch_size=64, steps=1200, lr=3e-4, lr_end=5e-5, decay_from=0.5, ema=0.995, power=0.0),
-    "bootstrap": dict(batch_size=64, steps=200, lr=5e-5, ema=0.995, power=0.0),
+    "flow": dict(batch_size=64, steps=3300, lr=4e-3, lr_end=2e-4, warmup=0.02, decay_from=0.3, ema=0.995),
+    "mid": dict(batch_size=8, pairs=8, steps=300, lr=1.5e-3, lr_end=2e-4, warmup=0.02, decay_from=0.3, ema=0.99),
+    "distill": dict(batch_size=64, steps=700, lr=1e-3, lr_end=5e-5, warmup=0.02, decay_from=0.3, ema=0.99, power=0.0),
+    "bootstrap": dict(batch_size=64, steps=150, lr=1e-4, lr_end=2e-5, ema=0.99, power=0.0),
 }
 PHOTOGRAPHS = 4        # --toy --data: this many times the toy's steps
 TOY_CHANNELS = 96      # latent channels of the toy's encoder
@@ -180,13 +180,14 @@ def load_data(args):
     if not args.toy:
         return Data(files, labels, classes)
     images, good, bad = [], [], []
-    for i, path in enumerate(tqdm(files, desc="read", disable=int(os.environ.get("RANK", 0)) > 0, mininterval=2)):
-        try:
-            images.append(read_photograph(path, 32))
-            good.append(i)
-        except OSError:
-            bad.append(path)
-            refuse_unreadable(bad, len(files))
+    with tqdm(files, desc="read", disable=int(os.environ.get("RANK", 0)) > 0, mininterval=2, leave=False) as bar:
+        for i, path in enumerate(bar):
+            try:
+                images.append(read_photograph(path, 32))
+                good.append(i)
+            except OSError:
+                bad.append(path)
+    refuse_unreadable(bad, len(files))
     if bad:
         print(f"skipped {len(bad)} unreadable: {', '.join(bad)}", file=sys.stderr)
     images, labels = torch.stack(images), labels[good]                                          # (N, 3, 32, 32), (N,)
@@ -437,8 +438,8 @@ def train(stage, args, data):
         images = data.latents                                       # (N, C, G, G)
     samples = Samples(stage, args.seed, images, data and data.labels, len(classes), c["resolution"], tuple(noise_shape),
                       c["pairs"] if stage == "mid" else 2, 0.0 if stage in ("encoder", "rae") else c["label_drop"], c["gap_share"])
-    numbers = [range(first, first + micro) for step in range(start, c["steps"]) for first in
-               range(step * c["batch_size"] + rank * share, step * c["batch_size"] + (rank + 1) * share, micro)]
+    numbers = (range(first, first + micro) for step in range(start, c["steps"]) for first in
+               range(step * c["batch_size"] + rank * share, step * c["batch_size"] + (rank + 1) * share, micro))
     workers = args.workers if isinstance(images, list) else 0
     batches = iter(DataLoader(samples, batch_sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
 
@@ -495,6 +496,7 @@ def train(stage, args, data):
             if device.type == "cuda":
                 line["peak_GB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
+                bar.close()
                 raise UserError(f"{stage}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step}; the last checkpoint is kept; "
                                 "give a smaller --lr or --precision fp32")
             refuse_unreadable(bad, len(images) if images is not None else 1)
@@ -653,20 +655,20 @@ def parse_arguments():
     start.add_argument("--rae", help="checkpoint with the RAE, or a folder laid out like the hub repository")
     start.add_argument("--encoder_weights", help="local file with the DINOv2 encoder's weights (default: timm's hub)")
     how = parser.add_argument_group("how (defaults: the tables at the top of train.py)")
-    how.add_argument("--steps", type=positive, help="optimiser steps of a stage")
-    how.add_argument("--batch_size", type=positive, help="samples a step over all processes; for mid, trajectories")
-    how.add_argument("--micro_batch", type=positive, help="samples at a time on a process; the rest by accumulation (default: all)")
+    how.add_argument("--steps", type=at_least(1), help="optimiser steps of a stage")
+    how.add_argument("--batch_size", type=at_least(1), help="samples a step over all processes; for mid, trajectories")
+    how.add_argument("--micro_batch", type=at_least(1), help="samples at a time on a process; the rest by accumulation (default: all)")
     how.add_argument("--lr", type=float, help="peak learning rate")
     how.add_argument("--derivative", choices=("jvp", "fd"), default="jvp", help="du/dt: exact, or central difference (default jvp)")
     how.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32; on a CPU that is fast at it, bf16)")
     how.add_argument("--compile", action="store_true", help="torch.compile the trained network")
-    how.add_argument("--seed", type=int, default=0, help="of all random draws (default 0)")
+    how.add_argument("--seed", type=at_least(0), default=0, help="of all random draws (default 0)")
     how.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    how.add_argument("--workers", type=int, default=8, help="processes a rank that read images of ImageNet (default 8)")
+    how.add_argument("--workers", type=at_least(0), default=8, help="processes a rank that read images of ImageNet (default 8)")
     watch = parser.add_argument_group("what to write")
-    watch.add_argument("--save_every", type=positive, help="steps between checkpoints (default 2500; with --toy 500)")
-    watch.add_argument("--sample_every", type=positive, help="steps between pictures (default 2500; with --toy 500)")
-    watch.add_argument("--log_every", type=positive, help="steps between lines of the log (default 50; with --toy 10)")
+    watch.add_argument("--save_every", type=at_least(1), help="steps between checkpoints (default 2500; with --toy 500)")
+    watch.add_argument("--sample_every", type=at_least(1), help="steps between pictures (default 2500; with --toy 500)")
+    watch.add_argument("--log_every", type=at_least(1), help="steps between lines of the log (default 50; with --toy 10)")
     watch.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     watch.add_argument("--dry_run", action="store_true", help="one step of everything, written to a temporary folder and deleted")
     args = parser.parse_args()
@@ -680,13 +682,9 @@ def parse_arguments():
     args.out = args.out or ("out/photographs" if args.data else "out/toy") * args.toy or f"out/{args.resolution}"
     for flag, toy, paper in (("save_every", 500, 2500), ("sample_every", 500, 2500), ("log_every", 10, 50)):
         setattr(args, flag, getattr(args, flag) or (toy if args.toy else paper))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: torch sees no GPU; leave the flag out to use the CPU")
-    if args.device == "cuda":
-        args.device = f"cuda:{local_rank}"
-        torch.cuda.set_device(local_rank)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    args.device = pick_device(args.device)
     if args.precision is None:
         args.precision = "bf16" if args.device == "cpu" and args.toy and bf16_pays() else "fp32"
     return args

@@ -1,0 +1,849 @@
+"""Every claim of the code, held against closed forms, slow loops and the real command lines. CPU, some minutes.
+
+    python -m pytest test_all.py            # pip install pytest
+    python -m pytest test_all.py -k flow    # only what has "flow" in its name
+"""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.linalg
+import torch
+from PIL import Image
+
+import dit
+import fid
+import meanflow
+import rae
+import sample
+import train
+
+HERE = Path(__file__).resolve().parent
+SIGMA = 0.6  # of the data of the linear-Gaussian flow
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# --- dit.py -----------------------------------------------------------------------------------------------------------
+
+def small_dit(average_velocity=False, seed=0):
+    """A network whose every weight is random: a fresh one is zero everywhere and would hide mistakes."""
+    torch.manual_seed(seed)
+    net = dit.DiTDH(4, 8, (24, 32), (2, 2), (2, 2), 10, average_velocity=average_velocity)
+    for p in net.parameters():
+        p.data.normal_(0, 0.2)
+    return net
+
+
+@pytest.mark.parametrize("grid", (16, 32))
+@pytest.mark.parametrize("average_velocity", (False, True))
+def test_dit_xl_has_the_published_tensors(grid, average_velocity):
+    with torch.device("meta"):
+        net = dit.DiTDH(grid, 768, num_classes=1000, average_velocity=average_velocity, **dit.MODELS["XL"])
+    shapes = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+    assert len(shapes) == 382 + 5 * average_velocity
+    expected = {"pos_embed": (1, grid**2, 1152), "t_embedder.W": (256,), "y_embedder.embedding_table.weight": (1001, 1152),
+                "x_embedder.proj.weight": (2048, 768, 1, 1), "s_embedder.proj.weight": (1152, 768, 1, 1), "s_projector.weight": (2048, 1152),
+                "blocks.27.attn.qkv.weight": (3456, 1152), "blocks.28.attn.qkv.weight": (6144, 2048), "blocks.29.mlp.w12.weight": (10922, 2048),
+                "blocks.29.adaLN_modulation.1.weight": (12288, 2048), "final_layer.linear.weight": (768, 2048),
+                "enc_feat_rope.freqs_cos": (grid**2, 72), "dec_feat_rope.freqs_sin": (grid**2, 128)}
+    assert {k: shapes.get(k) for k in expected} == expected
+    assert ("r_embedder.mlp.2.weight" in shapes) == average_velocity
+    assert dit.infer_config(net.state_dict()) == dict(input_size=grid, in_channels=768, num_classes=1000, average_velocity=average_velocity, **dit.MODELS["XL"])
+
+
+def test_dit_count_is_the_full_count():
+    with torch.device("meta"):
+        net = dit.DiTDH(16, 768, num_classes=1000, average_velocity=True, **dit.MODELS["XL"])
+        t = torch.ones(1)
+        parameters, macs = dit.count(net, torch.empty(1, 768, 16, 16), t, torch.zeros(1, dtype=torch.long), t)
+    assert (round(parameters / 1e6, 1), round(macs / 1e9, 1)) == (840.3, 161.6)
+
+
+def test_dit_rotary_scores_depend_on_relative_position_only():
+    rotary = dit.RotaryPositions(16, 5)
+    q, k = torch.randn(2, 16)
+    turned_q, turned_k = rotary(q.expand(1, 1, 25, 16))[0, 0], rotary(k.expand(1, 1, 25, 16))[0, 0]     # (25, 16)
+    scores = (turned_q @ turned_k.T).unflatten(0, (5, 5)).unflatten(2, (5, 5))                         # (row, column, row, column)
+    assert torch.allclose(scores[0, 1, 2, 3], scores[2, 0, 4, 2], atol=1e-5)
+    assert not torch.allclose(scores[0, 1, 2, 3], scores[0, 1, 3, 2], atol=1e-3)
+
+
+def test_student_starts_as_its_teacher_and_every_weight_learns():
+    teacher, student = small_dit(), dit.DiTDH(4, 8, (24, 32), (2, 2), (2, 2), 10, average_velocity=True)
+    student.load_state_dict(student.state_dict() | teacher.state_dict())
+    z, t, y = torch.randn(6, 8, 4, 4), torch.rand(6), torch.arange(6)
+    assert torch.equal(student(z, t, y, t * torch.rand(6)), teacher(z, t, y))
+    student(z, t, y, t / 2).square().sum().backward()
+    assert [n for n, p in student.named_parameters() if p.grad is None or (not p.grad.any() and "r_embedder.mlp.0" not in n)] == []
+    fresh = dit.DiTDH(4, 8, (24, 32), (2, 2), (2, 2), 10)
+    assert not fresh(z, t, y).any()
+
+
+# --- meanflow.py: the linear-Gaussian flow, data ~ N(0, SIGMA^2), has both velocities in closed form -------------------
+
+def spread(t):
+    return ((1 - t) ** 2 * SIGMA**2 + t**2).sqrt()
+
+
+def exact_v(z, t, y):
+    t = meanflow.expand(t, z)
+    return z * (t - (1 - t) * SIGMA**2) / spread(t) ** 2
+
+
+def exact_u(z, t, y, r):
+    t_, r_ = meanflow.expand(t, z), meanflow.expand(r, z)
+    gap = torch.where(t_ == r_, torch.ones_like(t_), t_ - r_)
+    return torch.where(t_ == r_, exact_v(z, t, y), z * (1 - spread(r_) / spread(t_)) / gap)
+
+
+def latents(n, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(n, 3, 2, 2, dtype=torch.float64, generator=generator), torch.zeros(n, dtype=torch.long)
+
+
+def test_closed_form_average_velocity_is_the_integral_of_the_velocity():
+    z, y = latents(1)
+    t, r = torch.tensor([0.8], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
+    right_side = lambda time, z: exact_v(torch.from_numpy(z)[None], torch.tensor([time], dtype=torch.float64), y)[0].numpy()
+    end = scipy.integrate.solve_ivp(right_side, (0.8, 0.3), z.flatten().numpy(), rtol=1e-10, atol=1e-12).y[:, -1]
+    assert relative(exact_u(z, t, y, r).flatten(), (z.flatten() - torch.from_numpy(end)) / 0.5) < 1e-8
+
+
+def test_shift_time():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    assert torch.equal(meanflow.shift_time(t, 1.0), t)
+    assert torch.allclose(meanflow.shift_time(meanflow.shift_time(t, 6.93), 1 / 6.93), t)
+    assert round(float(meanflow.shift_time(torch.tensor(15 / 16), 6.93)), 3) == 0.990
+
+
+def test_total_derivative_obeys_the_mean_flow_identity():
+    z, y = latents(64)
+    t = torch.linspace(0.15, 0.98, 64, dtype=torch.float64)
+    r = t * torch.linspace(0, 0.9, 64, dtype=torch.float64)
+    v, u = exact_v(z, t, y), exact_u(z, t, y, r)
+    exact = (v - u) / meanflow.expand(t - r, z)
+    got = meanflow.total_derivative(exact_u, z, t, r, y, v, "jvp")
+    assert relative(got, exact) < 1e-12 and not got.requires_grad
+    errors = [relative(meanflow.total_derivative(exact_u, z, t, r, y, v, "fd", delta), exact) for delta in (2e-3, 1e-3)]
+    assert 3.9 < errors[0] / errors[1] < 4.1  # second order
+
+
+def test_total_derivative_of_the_network_jvp_agrees_with_differences():
+    net, (z, y) = small_dit(True).double(), (torch.randn(4, 8, 4, 4, dtype=torch.float64), torch.arange(4))
+    t, r = torch.tensor([0.9, 0.6, 0.5, 0.3]).double(), torch.tensor([0.1, 0.0, 0.4, 0.2]).double()
+    v = torch.randn_like(z)
+    both = [meanflow.total_derivative(net, z, t, r, y, v, method, 1e-5) for method in ("jvp", "fd")]
+    assert relative(*both) < 1e-4
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_mean_flow_loss_is_zero_at_the_exact_average_velocity():
+    x, y = latents(128, SIGMA)
+    _, metrics = meanflow.mean_flow_loss(exact_u, x, y, alpha=3.0, teacher=exact_v)
+    assert metrics["mse"] < 1e-20
+
+
+def test_mean_flow_loss_has_the_gradient_of_the_adaptive_weighting():
+    net, x, y = small_dit(True), torch.randn(5, 8, 4, 4), torch.arange(5)
+    t, r = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([0.9, 0.1, 0.7, 0.2, 0.5])
+    noise = torch.randn_like(x)
+    loss, metrics = meanflow.mean_flow_loss(net, x, y, 1.0, t=t, r=r, noise=noise)
+    loss.backward()
+    got = net.final_layer.linear.weight.grad.clone()
+    net.zero_grad()
+    z = (1 - meanflow.expand(t, x)) * x + meanflow.expand(t, x) * noise
+    v = noise - x
+    target = v - meanflow.expand(t - r, x) * meanflow.total_derivative(net, z, t, r, y, v)
+    error = (net(z, t, y, r) - target).square().flatten(1)
+    (error.sum(1) / (error.sum(1).detach() + 1e-3)).mean().backward()
+    assert relative(got, net.final_layer.linear.weight.grad) < 1e-5
+    assert abs(float(metrics["mse"]) / float(error.detach().mean()) - 1) < 1e-5
+
+
+def test_mean_flow_at_r_equal_t_is_flow_matching_and_needs_no_derivative(monkeypatch):
+    net, x, y, t, noise = small_dit(True), torch.randn(6, 8, 4, 4), torch.arange(6), torch.rand(6), torch.randn(6, 8, 4, 4)
+    seen = []
+    original = meanflow.total_derivative
+    monkeypatch.setattr(meanflow, "total_derivative", lambda u, z, *rest: seen.append(len(z)) or original(u, z, *rest))
+    _, metrics = meanflow.mean_flow_loss(net, x, y, 1.0, t=t, r=t.clone(), noise=noise)
+    _, flow = meanflow.flow_matching_loss(lambda z, t, y: net(z, t, y, t), x, y, 1.0, t, noise)
+    assert torch.allclose(metrics["mse"], flow["mse"]) and seen == []
+    meanflow.mean_flow_loss(net, x, y, 1.0, t=t, r=torch.where(torch.arange(6) < 2, t / 2, t), noise=noise)
+    assert seen == [2]  # the derivative is computed for the samples with r < t alone
+
+
+def test_mean_flow_times_and_share():
+    t, r = meanflow.mean_flow_times(torch.rand(2, 10_000), torch.arange(10_000) % 4 == 0, 5.0)
+    assert (r <= t).all() and (r < t).float().mean() == 0.25 and 0 <= r.min() and t.max() <= 1
+    assert 0.72 < (t[::4].mean() + r[::4].mean()) / 2 < 0.77  # the mean of 5 t / (1 + 4 t) is 1.25 - 5/16 log 5 = 0.747
+    samples = train.Samples("distill", 0, torch.zeros(50, 1), torch.zeros(50), 10, 32, (1,))
+    assert sum(samples[n]["keep_gap"] for n in range(400)) == 100
+
+
+def test_one_label_a_sample_in_every_evaluation():
+    """The published code drops labels again in each copy of the finite difference."""
+    calls, net = [], small_dit(True)
+    y = torch.tensor([3, 10, 7, 10])
+
+    def recorded(z, t, y, r=None):
+        calls.append(y.clone())
+        return net(z, t, y, t if r is None else r)
+    x, t = torch.randn(4, 8, 4, 4), torch.full((4,), 0.8)
+    meanflow.mean_flow_loss(recorded, x, y, 1.0, teacher=recorded, derivative="fd", t=t, r=t / 2)
+    assert [c.tolist() for c in calls] == [y.tolist(), y.tolist() * 2, y.tolist()]
+
+
+@pytest.mark.parametrize("solver, order", (("euler", 1), ("heun", 2)))
+def test_solver_order_and_number_of_evaluations(solver, order):
+    noise, y = latents(8)
+    calls = []
+    counted = lambda z, t, y: calls.append(float(t[0])) or exact_v(z, t, y)
+    errors = []
+    for steps in (40, 80):
+        calls.clear()
+        trajectory, times = meanflow.solve_flow(counted, noise, y, steps, 3.0, solver)
+        errors.append(relative(trajectory[-1], noise * SIGMA))
+        assert len(calls) == steps * order and len(trajectory) == len(times) == steps + 1
+    assert times[0] == 1 and times[-1] == 0 and calls[0] == 1  # never evaluated beyond its interval
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
+    last, _ = meanflow.solve_flow(counted, noise, y, 80, 3.0, solver, last_only=True)
+    assert torch.equal(last[-1], trajectory[-1])
+
+
+def test_mid_training_targets_carry_the_times_that_were_stepped_through():
+    """The published code labels the shifted nodes linspace(0, 1): its error does not go away with smaller steps."""
+    noise, y = latents(16)
+    errors = []
+    for points in (17, 65, 257):
+        _, metrics = meanflow.mid_training_loss(exact_u, exact_v, noise, y, alpha=6.93, num_points=points, num_pairs=512)
+        errors.append(float(metrics["mse"]))
+    assert errors[1] < errors[0] / 8 and errors[2] < errors[1] / 8  # squared error of a first-order method: 1/16
+    seen = []
+    spy = lambda z, t, y, r: seen.append((t, r)) or exact_u(z, t, y, r)
+    meanflow.mid_training_loss(spy, exact_v, noise, y, alpha=6.93, pairs=torch.tensor([[0, 135]] * 16))
+    t, r = seen[0]
+    nodes = meanflow.shift_time(torch.linspace(1, 0, 17, dtype=torch.float64), 6.93)
+    assert torch.equal(t[:2], nodes[[0, 15]]) and torch.equal(r[:2], nodes[[1, 16]]) and r[1] == 0
+
+
+def test_sampling_in_any_number_of_steps_lands_on_the_same_data():
+    noise, y = latents(16)
+    for steps in (1, 2, 5):
+        calls = []
+        got = meanflow.sample(lambda *a: calls.append(1) or exact_u(*a), noise, y, steps)
+        assert relative(got, noise * SIGMA) < 1e-12 and len(calls) == steps
+    with pytest.raises(ValueError, match="at least 1"):
+        meanflow.sample(exact_u, noise, y, 0)
+
+
+def test_autocast_keeps_the_students_gradient():
+    """Autocast caches a weight's bf16 copy; one made without a graph, for du/dt, must not serve the loss."""
+    gradients = []
+    for enabled in (False, True):
+        net = small_dit(True)
+
+        def u(*inputs):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                return net(*inputs).float()
+        x = torch.randn(8, 8, 4, 4, generator=torch.Generator().manual_seed(1))
+        t = torch.linspace(0.2, 0.9, 8)
+        meanflow.mean_flow_loss(u, x, torch.arange(8), 1.0, t=t, r=t / 2, noise=x.flip(0))[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+# --- rae.py -----------------------------------------------------------------------------------------------------------
+
+def small_rae(num_channels=8):
+    torch.manual_seed(0)
+    encoder = rae.Encoder("toy", 32, channels=num_channels)
+    decoder = rae.Decoder(num_channels, 4, 8, hidden_size=16, depth=1, num_heads=2, mlp_hidden=32)
+    return rae.RAE(encoder, decoder, torch.randn(encoder.shape), torch.rand(encoder.shape) + 0.5).eval()
+
+
+def test_published_decoder_layout_against_a_plain_forward():
+    torch.manual_seed(0)
+    d, c = 16, 6
+    p = {"decoder_pos_embed": torch.randn(1, 5, d), "trainable_cls_token": torch.randn(1, 1, d)}
+    shapes = {"decoder_embed": (d, c), "decoder_norm": (d,), "decoder_pred": (3 * 64, d)} | {f"decoder_layers.0.{n}": s for n, s in {
+        "attention.attention.query": (d, d), "attention.attention.key": (d, d), "attention.attention.value": (d, d), "attention.output.dense": (d, d),
+        "intermediate.dense": (40, d), "output.dense": (d, 40), "layernorm_before": (d,), "layernorm_after": (d,)}.items()}
+    for name, shape in shapes.items():
+        p |= {f"{name}.weight": 0.3 * torch.randn(shape), f"{name}.bias": 0.3 * torch.randn(shape[0])}
+    decoder = rae.Decoder(c, 2, 8, d, 1, 2, 40)
+    decoder.load_state_dict(rae.convert_decoder(p))
+    linear = lambda x, name: x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+    norm = lambda x, name: (x - x.mean(-1, keepdim=True)) / x.var(-1, unbiased=False, keepdim=True).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+    z = torch.randn(1, c, 2, 2)
+    x = torch.cat([p["trainable_cls_token"][0], linear(z[0].flatten(1).T, "decoder_embed")]) + p["decoder_pos_embed"][0]     # (5, d)
+    layer, h = "decoder_layers.0.", norm(x, "decoder_layers.0.layernorm_before")
+    q, k, v = (linear(h, f"{layer}attention.attention.{n}").unflatten(1, (2, 8)).transpose(0, 1) for n in ("query", "key", "value"))
+    attended = ((q @ k.transpose(1, 2) / 8**0.5).softmax(-1) @ v).transpose(0, 1).flatten(1)                                  # (5, d)
+    x = x + linear(attended, f"{layer}attention.output.dense")
+    h = linear(norm(x, f"{layer}layernorm_after"), f"{layer}intermediate.dense")
+    x = x + linear(h * (1 + torch.erf(h / 2**0.5)) / 2, f"{layer}output.dense")
+    x = linear(norm(x, "decoder_norm"), "decoder_pred")[1:]                                                                   # (4, 192)
+    image = torch.zeros(3, 16, 16)
+    for token in range(4):
+        row, column = 8 * (token // 2), 8 * (token % 2)
+        image[:, row:row + 8, column:column + 8] = x[token].view(8, 8, 3).permute(2, 0, 1)
+    image = image * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    assert relative(decoder(z)[0], image) < 1e-5
+    with pytest.raises(rae.UserError, match="unexpected tensor extra"):
+        rae.convert_decoder(p | {"extra": torch.zeros(1)})
+    with pytest.raises(rae.UserError, match="decoder_pred.bias"):
+        rae.convert_decoder({k: v for k, v in p.items() if k != "decoder_pred.bias"})
+
+
+def test_rae_encodes_normalised_latents_and_packs_into_a_file(tmp_path):
+    model = small_rae()
+    images = torch.rand(5, 3, 32, 32)
+    z = model.encode(images)
+    raw = model.encoder(images)
+    assert torch.allclose(raw.mean(1), torch.zeros(5, 4, 4), atol=1e-5)  # the last layer norm is over channels, without affine
+    assert torch.allclose(z * (model.var + 1e-5).sqrt() + model.mean, raw, atol=1e-5)
+    assert torch.allclose(model.decode(z), model.decoder(raw), atol=1e-5)
+    torch.save(dict(rae=model.packed()), tmp_path / "x.pt")
+    again = rae.load_rae(tmp_path / "x.pt")
+    assert torch.equal(again.encode(images), z) and torch.equal(again.decode(z), model.decode(z))
+
+
+def test_latent_statistics_are_exact_in_any_batches_and_order():
+    z = torch.randn(50, 3, 2, 2) * 3 + 100
+    results = []
+    for order, size in ((torch.arange(50), 50), (torch.randperm(50), 7)):
+        statistics = rae.LatentStatistics()
+        for batch in z[order].split(size):
+            statistics.update(batch)
+        results.append(statistics.mean_and_variance())
+    expected = z.double().mean(0), z.double().var(0, unbiased=False)
+    for mean, variance in results:
+        assert relative(mean, expected[0]) < 1e-6 and relative(variance, expected[1]) < 1e-6
+
+
+def test_decoder_sees_latents_noised_before_normalisation():
+    latents, noise, level, seen = torch.randn(4, 8, 4, 4), torch.randn(4, 8, 4, 4), torch.tensor([0, 0.2, 0.5, 0.8]), []
+    decoder = lambda z: seen.append(z) or torch.full((4, 3, 32, 32), 0.25)
+    loss, metrics = rae.reconstruction_loss(decoder, torch.full((4, 3, 32, 32), 0.75), latents, noise, level)
+    assert torch.equal(seen[0], latents + level.view(4, 1, 1, 1) * noise) and loss == 0.5 and metrics["mse"] == 0.25
+
+
+def test_center_crop_of_any_size_and_mode():
+    for mode, size in (("L", (500, 333)), ("CMYK", (40, 64)), ("RGBA", (33, 32)), ("P", (20, 90))):
+        crop = rae.center_crop(Image.new(mode, size), 32)
+        assert crop.size == (32, 32) and crop.mode == "RGB"
+    marked = Image.new("RGB", (96, 32))
+    marked.paste((255, 255, 255), (32, 0, 64, 32))
+    assert np.asarray(rae.center_crop(marked, 32)).min() == 255
+
+
+# --- Samples: everything random is a function of (seed, stage, n) ------------------------------------------------------
+
+def test_toy_images():
+    images, labels = train.make_toy_images(40, seed=3)
+    assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8 and labels.tolist() == list(range(10)) * 4
+    again, _ = train.make_toy_images(10, seed=3)
+    assert np.array_equal(images[:10], again) and not np.array_equal(images[:10], train.make_toy_images(10, seed=4)[0])
+    assert all(len(np.unique(image.reshape(-1, 3), axis=0)) > 10 for image in images)  # anti-aliased edges
+
+
+def test_samples_depend_on_their_number_alone():
+    make = lambda **k: train.Samples("flow", 1, torch.arange(100).view(100, 1), torch.arange(100) % 10, 10, 32, (2, 3), label_drop=0.1, **k)
+    a, b = make(), make()
+    _ = [b[n] for n in (950, 3, 420)]
+    for n in (3, 150, 949):
+        assert all(torch.equal(torch.as_tensor(a[n][k]), torch.as_tensor(b[n][k])) for k in ("x", "noise", "uniform", "label", "keep_gap"))
+    epoch = lambda e: [int(a[n]["x"]) for n in range(100 * e, 100 * e + 100)]
+    assert sorted(epoch(0)) == sorted(epoch(1)) == list(range(100)) and epoch(0) != epoch(1) != list(range(100))
+    many = [a[n] for n in range(3000)]
+    assert 0.08 < np.mean([s["label"] == 10 for s in many]) < 0.12
+    noise = torch.stack([s["noise"] for s in many])
+    assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03 and noise[:-1].flatten().dot(noise[1:].flatten()).abs() / noise.numel() < 0.03
+    assert not torch.equal(many[0]["noise"], train.Samples("mid", 1, None, None, 10, 32, (2, 3))[0]["noise"])
+
+
+def test_learning_rate_and_the_papers_table():
+    flow = train.DEFAULTS | train.PAPER["flow"]
+    assert flow["steps"] == 1_000_911 and [train.learning_rate(s, flow) for s in (0, 50_000)] == [2e-4, 2e-4]
+    assert train.learning_rate(flow["steps"], flow) == pytest.approx(2e-5)
+    assert train.learning_rate(int(0.525 * flow["steps"]), flow) == pytest.approx(1.1e-4, rel=1e-3)
+    decoder = train.DEFAULTS | train.PAPER["rae"]
+    assert train.learning_rate(0, decoder) < 1e-6 and train.learning_rate(decoder["steps"] // 16 + 1, decoder) == pytest.approx(2e-4, rel=1e-3)
+    assert {s: c["batch_size"] for s, c in train.PAPER.items()} == dict(rae=512, flow=1024, mid=8, distill=256, bootstrap=256)
+    assert train.PAPER["mid"]["pairs"] * 8 == 512 and train.PAPER_512["mid"]["pairs"] * 8 == 64
+
+
+# --- sample.py --------------------------------------------------------------------------------------------------------
+
+def test_class_names():
+    names = sample.imagenet_names()
+    assert sample.parse_classes("golden retriever", names) == [207]
+    assert sample.parse_classes("207, tench, 3-5", names) == [207, 0, 3, 4, 5]
+    with pytest.raises(rae.UserError, match="golden retriever"):
+        sample.parse_classes("golden retreiver", names)
+    with pytest.raises(rae.UserError, match="--classes"):
+        sample.parse_classes("1000", names)
+
+
+def test_noise_is_a_function_of_seed_and_index():
+    noise = sample.noise_of(3, range(10), (4, 2, 2))
+    assert torch.equal(noise[7:9], sample.noise_of(3, [7, 8], (4, 2, 2)))
+    assert not torch.equal(noise, sample.noise_of(4, range(10), (4, 2, 2))) and len(noise.unique()) == noise.numel()
+
+
+# --- The command lines, on sixty photographs ---------------------------------------------------------------------------
+
+def run(*command, folder=HERE, env=None):
+    """A command as a user types it -> (exit status, its output)."""
+    command = [str(part) for part in command]
+    command = [sys.executable, *(["-m", "torch.distributed.run", *command[1:]] if command[0] == "torchrun" else command)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)} | (env or {})
+    done = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
+TINY = ("--batch_size", 8, "--steps", 4, "--precision", "fp32", "--device", "cpu", "--save_every", 2, "--log_every", 1)
+
+
+def in_process(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train.main()
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    images, labels = train.make_toy_images(60, seed=9)
+    for i, (image, label) in enumerate(zip(images, labels)):
+        (folder / str(label % 3)).mkdir(exist_ok=True)
+        picture = Image.fromarray(image).resize((40, 50))
+        picture.convert(("RGB", "L", "CMYK")[i % 3]).save(folder / str(label % 3) / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photographs, tmp_path_factory):
+    """All five stages and the toy's first, four steps each: an OUT folder."""
+    out = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for stage in train.TOY:
+            in_process(monkeypatch, "--toy", "--data", photographs, "--out", out, "--stage", stage, *TINY)
+    return out
+
+
+def losses(out, stage):
+    lines = [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss"], line["mse"]) for line in lines if "loss" in line}
+
+
+def copy_inputs(trained, out, *stages):
+    for stage in stages:
+        (out / f"{stage}.pt").write_bytes((trained / f"{stage}.pt").read_bytes())
+
+
+def test_every_stage_writes_checkpoint_log_and_pictures(trained):
+    for stage in train.TOY:
+        content = rae.load_file(trained / f"{stage}.pt")
+        assert content["step"] == 4 and content["config"]["stage"] == stage and content["random"] == dict(seed=0, next_sample=32)
+        assert sorted(losses(trained, stage)) == [1, 2, 3, 4]
+        assert Image.open(trained / f"{stage}.000004.png").size[0] > 200
+        changed = [k for k, v in content["ema"].items() if v.is_floating_point() and not torch.equal(v, content["model"][k])]
+        assert changed
+    student, teacher = (rae.load_file(trained / f"{s}.pt") for s in ("mid", "flow"))
+    assert student["ema"]["r_embedder.mlp.2.weight"].any() and "r_embedder.W" not in teacher["ema"]
+
+
+@pytest.mark.parametrize("stage", [*train.TOY])
+def test_resume_is_bitwise(stage, photographs, trained, tmp_path, monkeypatch):
+    copy_inputs(trained, tmp_path, *[s for s in train.TOY if s != stage])
+    command = ("--toy", "--data", photographs, "--out", tmp_path, "--stage", stage, *TINY)
+    real_save = train.save
+
+    def save_and_stop(content, path):
+        real_save(content, path)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            in_process(stopped, *command)
+    assert rae.load_file(tmp_path / f"{stage}.pt")["step"] == 2
+    torch.manual_seed(123)  # what ran before must not matter
+    in_process(monkeypatch, *command)
+    resumed, straight = (rae.load_file(folder / f"{stage}.pt") for folder in (tmp_path, trained))
+    for part in ("model", "ema"):
+        assert [k for k, v in straight[part].items() if not torch.equal(v, resumed[part][k])] == []
+    assert losses(tmp_path, stage) == losses(trained, stage)
+    in_process(monkeypatch, *command)  # complete: nothing happens
+    assert losses(tmp_path, stage) == losses(trained, stage)
+
+
+def test_micro_batches_and_processes_follow_the_same_loss(photographs, trained, tmp_path):
+    """Same draws per sample; sums in another order. Tolerance 1e-4 relative over four steps, float32."""
+    def go(job):
+        stage, launcher, extra = job
+        out = tmp_path / f"{stage}_{launcher}{len(extra)}"
+        out.mkdir()
+        copy_inputs(trained, out, *[s for s in train.TOY if s != stage])
+        start = ("torchrun", "--nproc_per_node=2", f"--master_port={29500 + hash(job) % 3000}") if launcher == "torchrun" else ()
+        status, output = run(*start, "train.py", "--toy", "--data", photographs, "--out", out, "--stage", stage, *TINY, *extra)
+        assert status == 0, output
+        return stage, losses(out, stage)
+    jobs = [(stage, "torchrun", ()) for stage in ("rae", "flow", "mid", "distill", "bootstrap")] + [(s, "python", ("--micro_batch", 2)) for s in ("mid", "distill")]
+    with ThreadPoolExecutor(2) as pool:
+        for stage, got in pool.map(go, jobs):
+            for step, values in losses(trained, stage).items():
+                assert got[step] == pytest.approx(values, rel=1e-4), (stage, step)
+
+
+def test_whole_toy_dry_run_reports_and_leaves_nothing(tmp_path):
+    status, output = run(HERE / "train.py", "--toy", "--dry_run", "--out", tmp_path / "toy", folder=tmp_path)
+    assert status == 0, output
+    assert "student after bootstrap" in output and "Frechet distance" in output and list(tmp_path.iterdir()) == []
+
+
+def test_sample_from_checkpoint(trained, tmp_path, monkeypatch, capsys):
+    def go(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *map(str, arguments)])
+        sample.main()
+    pictures = []
+    for size in (1, 7, 64):
+        go("--ckpt", trained / "distill.pt", "--num", 9, "--batch_size", size, "--npz", tmp_path / f"{size}.npz", "--out", tmp_path / "grid.png")
+        data = np.load(tmp_path / f"{size}.npz")
+        pictures.append(data["arr_0"].astype(int))
+        assert data["arr_0"].shape == (9, 32, 32, 3) and data["arr_0"].dtype == np.uint8 and data["arr_1"].tolist() == [0, 1, 2] * 3
+    assert all(np.abs(p - pictures[0]).max() <= 1 for p in pictures)
+    go("--ckpt", trained / "flow.pt", "--steps", 2, "--num", 4, "--classes", "2,0", "--out", tmp_path / "folder")
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["000000_2.png", "000001_0.png", "000002_2.png", "000003_0.png"]
+    go("--ckpt", trained / "mid.pt", "--num", 3)
+    assert (trained / "mid.samples.png").exists()
+    bare = tmp_path / "bare.pt"  # as published weights come: a state dict, with wrappers' prefixes
+    torch.save({"ema": {f"module._orig_mod.{k}": v for k, v in rae.load_file(trained / "flow.pt")["ema"].items()}}, bare)
+    go("--ckpt", bare, "--rae", trained / "rae.pt", "--num", 3, "--steps", 1, "--classes", "1", "--out", tmp_path / "bare.png")
+    assert (tmp_path / "bare.png").exists()
+
+
+def test_frechet_distance_in_the_encoders_features_by_command_line(photographs, trained, tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", "--ckpt", str(trained / "flow.pt"), "--steps", "1", "--num", "120", "--seed", str(seed),
+                                          "--npz", str(tmp_path / f"{seed}.npz"), "--out", str(tmp_path / "x.png")])
+        sample.main()
+    fid.main([str(tmp_path / "0.npz"), str(tmp_path / "1.npz"), "--features", "dino", "--weights", str(trained / "flow.pt"), "--json"])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["fd"] >= 0 and record["samples"]["count"] == 120
+
+
+def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
+    """No such folder, empty folder, text among photographs, one class, wrong stage, cut file, unknown class, ..."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "one" / "cat" / "a.png")
+    for name in ("a", "b"):
+        (tmp_path / "text" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "text" / name / "good.png")
+    (tmp_path / "text" / "a" / "notes.jpg").write_text("not a picture")
+    (tmp_path / "cut.pt").write_bytes((trained / "distill.pt").read_bytes()[:5000])
+    toy = ("train.py", "--toy", "--out", tmp_path / "out")
+    table = {
+        (*toy, "--data", tmp_path / "nowhere"): "--data .*nowhere: no such folder",
+        (*toy, "--data", tmp_path / "empty"): "--data .*empty: .*folder of images for each class",
+        (*toy, "--data", tmp_path / "text"): "notes.jpg",
+        (*toy, "--data", tmp_path / "one"): "only one class folder, 'cat'",
+        (*toy, "--stage", "mid"): "flow.pt: no such file; train the stage flow first, or give its checkpoint with --teacher",
+        (*toy, "--stage", "mid", "--teacher", trained / "distill.pt"): "--teacher .*distill.pt: holds an average velocity",
+        (*toy, "--stage", "bootstrap", "--data", photographs, "--init", trained / "rae.pt"): "rae.pt: a checkpoint of the stage rae",
+        (*toy, "--stage", "flow", "--data", photographs, "--rae", tmp_path / "cut.pt"): "cut.pt: not a readable checkpoint",
+        (*toy, "--steps", "0"): "--steps: must be a whole number of at least 1",
+        (*toy, "--batch_size", "ten"): "--batch_size",
+        ("train.py",): "give --stage, or --toy",
+        ("train.py", "--stage", "flow"): "needs images: give --data",
+        ("train.py", "--stage", "mid", "--out", tmp_path / "out"): "no teacher for resolution 256: looked for DiTs/.*stage2_model.pt of nyu-visionx.*--teacher",
+        ("sample.py", "--ckpt", tmp_path / "none.pt"): "none.pt: no such file",
+        ("sample.py", "--ckpt", tmp_path / "cut.pt"): "cut.pt: not a readable checkpoint, or cut short",
+        ("sample.py", "--ckpt", trained / "rae.pt"): "rae.pt: a checkpoint of the stage rae",
+        ("sample.py", "--ckpt", trained / "mid.pt", "--classes", "unicorn"): "no class 'unicorn' among 3",
+        ("sample.py", "--ckpt", trained / "mid.pt", "--steps", "0"): "--steps: must be a whole number of at least 1",
+        ("rae.py", tmp_path / "text" / "a" / "notes.jpg", "--rae", trained / "rae.pt"): "notes.jpg: not a readable image",
+    }
+    with ThreadPoolExecutor(2) as pool:
+        for (command, expected), (status, output) in zip(table.items(), pool.map(lambda command: run(*command), table)):
+            lines = [line for line in re.split("[\r\n]+", output) if line.strip() and not line.startswith(("read:", "{"))]
+            assert status == 2 and "Traceback" not in output, (command, output)
+            assert len(lines) == 1 and lines[0].startswith(Path(command[0]).name + ": "), (command, output)
+            assert re.search(expected, lines[0]), (command, lines)
+
+
+def test_batch_that_the_processes_do_not_divide(photographs, tmp_path):
+    status, output = run("torchrun", "--nproc_per_node=2", "--master_port=29411", "train.py", "--toy", "--stage", "encoder", "--data", photographs, "--out", tmp_path, "--batch_size", 7)
+    lines = [line for line in output.splitlines() if line.startswith("train.py: ")]
+    assert status != 0 and lines == ["train.py: --batch_size 7: cannot be divided among 2 processes; give a multiple of 2"], output
+
+
+def test_reconstruction_command(photographs, trained, tmp_path):
+    status, output = run(HERE / "rae.py", photographs / "0" / "0.jpg", "--rae", trained / "rae.pt", folder=tmp_path)
+    assert status == 0 and "PSNR" in output and (tmp_path / "reconstruction.png").exists()
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+def test_readme_names_flags_and_files_that_exist():
+    text = (HERE / "README.md").read_text()
+    flags = set(re.findall(r"add(?:_argument)?\(\s*\"(?:-\w\", \")?(--\w+)", "".join((HERE / f).read_text() for f in ("train.py", "sample.py", "fid.py", "rae.py"))))
+    known = flags | {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) <= known
+    assert {f for f in re.findall(r"\b(\w+\.(?:py|txt))\b", text)} <= {p.name for p in HERE.iterdir()}
+    assert all((HERE / link).exists() for link in re.findall(r"\]\((?!http|#)([^)#]+)", text))
+    setup = [line for line in text.splitlines() if line.startswith("pip install -r requirements.txt && ")]
+    assert len(setup) == 2 and "train.py --toy" in setup[0] and "pytest" in setup[1]
+
+
+# --- fid.py: expectations come from a closed form, from scipy, or from a slow loop over the definition -------------------
+
+def random_inception(seed=0):
+    """Random weights that keep the signal alive through 90 layers, which the default initialisation does not."""
+    torch.manual_seed(seed)
+    net = fid.Inception()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.bias.normal_(0, 0.3)
+            module.running_mean.normal_(0, 0.3)
+    torch.nn.init.normal_(net.fc.bias, 0, 5)
+    return net
+
+
+def test_fid_frechet_distance_of_commuting_gaussians():
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.normal(size=(50, 50)))[0]
+    a, b, m = rng.uniform(0.1, 5, 50), rng.uniform(0.1, 5, 50), rng.normal(size=50)
+    expected = (m ** 2).sum() + ((a ** 0.5 - b ** 0.5) ** 2).sum()
+    assert fid.frechet_distance(m, q * a @ q.T, 0 * m, q * b @ q.T) == pytest.approx(expected, rel=1e-8)
+    a[5:], b[:40] = 0, 0  # ranks 5 and 10, of 50, without a common direction
+    expected = (m ** 2).sum() + ((a ** 0.5 - b ** 0.5) ** 2).sum()
+    assert fid.frechet_distance(m, q * a @ q.T, 0 * m, q * b @ q.T) == pytest.approx(expected, rel=1e-8)
+    assert fid.frechet_distance(m, q * a @ q.T, m, q * a @ q.T) == pytest.approx(0, abs=1e-8)
+
+
+def test_fid_frechet_distance_against_scipy():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(400, 60)) @ rng.normal(size=(60, 60)), rng.normal(size=(400, 60)) + 0.3
+    s, t, d = np.cov(x.T), np.cov(y.T), x.mean(0) - y.mean(0)
+    expected = d @ d + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
+    value = fid.frechet_distance(torch.from_numpy(x.mean(0)), torch.from_numpy(s), y.mean(0), t)
+    assert type(value) is float and value == pytest.approx(expected, rel=1e-8)
+    with pytest.raises(ValueError, match="shapes"):
+        fid.frechet_distance(x.mean(0)[:-1], s, y.mean(0), t)
+    with pytest.raises(ValueError, match="NaN"):
+        fid.frechet_distance(x.mean(0) * np.nan, s, y.mean(0), t)
+
+
+def test_fid_statistics_of_any_batches_in_any_order():
+    x = torch.randn(301, 12, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 12) + 1000
+    mean, covariance = x.double().numpy().mean(0), np.cov(x.double().numpy().T)
+    whole, batched, left, right = fid.Statistics(), fid.Statistics(), fid.Statistics(), fid.Statistics()
+    whole.update(x)
+    for part in x[torch.randperm(301)].split(7):
+        batched.update(part)
+    for part in x.split(50):
+        (left if len(part) < 50 else right).update(part)
+    for s in (whole, batched, left.merge(right), fid.Statistics().merge(whole).merge(fid.Statistics())):
+        assert s.count == 301 and s.mean.dtype == torch.float64
+        np.testing.assert_allclose(s.mean.numpy(), mean, rtol=1e-12)
+        np.testing.assert_allclose(s.covariance.numpy(), covariance, rtol=1e-8, atol=1e-10 * covariance.max())
+    with pytest.raises(ValueError, match="NaN"):
+        whole.update(x * float("nan"))
+    with pytest.raises(ValueError, match="one extractor"):
+        whole.merge(fid.Statistics("another"))
+
+
+def test_fid_one_road_and_its_refusals():
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    extract = lambda x: x.float().mean((2, 3))
+    a, b = fid.feature_statistics(extract, images, batch_size=7), fid.feature_statistics(extract, iter(images.split(16)))
+    torch.testing.assert_close(a.covariance, torch.from_numpy(np.cov(extract(images).double().numpy().T)))
+    assert fid.distance(a, b) == pytest.approx(0, abs=1e-9)
+    assert fid.distance(a, fid.feature_statistics(extract, images // 2)) > 1
+    with pytest.raises(ValueError, match="uint8"):
+        fid.feature_statistics(extract, images.float())
+    with pytest.raises(ValueError, match="3 images for 3 features"):
+        fid.distance(a, fid.feature_statistics(extract, images[:3]))
+    with pytest.raises(ValueError, match="one extractor"):
+        fid.distance(a, fid.feature_statistics(extract, images, extractor="another"))
+
+
+@pytest.mark.parametrize("height,width,size", [(5, 9, 13), (13, 8, 5), (7, 7, 7)])
+def test_fid_resize_is_tensorflow_1s(height, width, size):
+    image = np.random.default_rng(0).uniform(0, 255, (height, width))
+    expected = np.zeros((size, size))
+    for i in range(size):
+        for j in range(size):
+            y, x = i * height / size, j * width / size
+            y0, x0 = int(y), int(x)
+            for yy, wy in ((y0, 1 - (y - y0)), (min(y0 + 1, height - 1), y - y0)):
+                for xx, wx in ((x0, 1 - (x - x0)), (min(x0 + 1, width - 1), x - x0)):
+                    expected[i, j] += wy * wx * image[yy, xx]
+    result = fid.resize_tensorflow1(torch.from_numpy(image)[None, None], size)
+    np.testing.assert_allclose(result[0, 0].numpy(), expected, rtol=1e-4)
+
+
+def test_fid_inception():
+    net = random_inception()
+    state = net.state_dict()
+    assert len(state) == 566 and sum(v.numel() for v in state.values()) == 23885486  # pt_inception-2015-12-05's
+    assert sum(k.endswith(".conv.weight") for k in state) == 94 and not any("AuxLogits" in k for k in state)
+    for name, shape in {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Mixed_6d.branch7x7dbl_5.bn.bias": (192,),
+                        "Mixed_6b.branch7x7_2.conv.weight": (128, 128, 1, 7), "fc.weight": (1008, 2048), "fc.bias": (1008,),
+                        "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1)}.items():
+        assert tuple(state[name].shape) == shape
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = {}
+    net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, out: seen.update(spatial=out[:, :7]))
+    net.Mixed_5b.branch_pool.register_forward_hook(lambda module, args, out: seen.update(average=args[0]))
+    net.Mixed_7c.branch_pool.register_forward_hook(lambda module, args, out: seen.update(maximum=args[0]))
+    net.Mixed_5b.register_forward_hook(lambda module, args, out: seen.update(x5=args[0]))
+    net.Mixed_7c.register_forward_hook(lambda module, args, out: seen.update(x7=args[0]))
+    out = net(images)
+    assert {k: tuple(v.shape) for k, v in out.items()} == dict(pool=(2, 2048), spatial=(2, 2023), logits=(2, 1008))
+    assert all(v.isfinite().all() and v.std() > 0 and v.dtype == torch.float32 for v in out.values())
+    assert (out["pool"] >= 0).all() and (out["spatial"] >= 0).all()  # both follow a ReLU
+    assert torch.equal(out["spatial"].view(2, 17, 17, 7)[:, 3, 5], seen["spatial"][:, :, 3, 5])
+    torch.testing.assert_close(out["logits"], out["pool"] @ net.fc.weight.T)
+    x = seen["x5"]  # a corner has four true neighbours (itself one), not nine
+    torch.testing.assert_close(seen["average"][..., 0, 0], x[..., :2, :2].mean((2, 3)))
+    assert torch.equal(seen["maximum"][..., 0, 0], seen["x7"][..., :2, :2].amax((2, 3)))
+    torch.testing.assert_close(net(images[1:])["pool"], out["pool"][1:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="uint8"):
+        net(images.float())
+
+
+def test_fid_inception_score_and_precision_recall_against_loops():
+    rng = np.random.default_rng(0)
+    logits, scores = rng.normal(size=(23, 6)) * 2, []
+    for part in (logits[:10], logits[10:20], logits[20:], logits):
+        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+        scores.append(np.exp(np.mean([sum(r * np.log(r / p.mean(0))) for r in p])))
+    assert fid.inception_score(torch.from_numpy(logits), 10) == pytest.approx((np.mean(scores[:3]), scores[3]), rel=1e-10)
+
+    a, b = rng.normal(size=(40, 3)), rng.normal(size=(50, 3)) * 0.5 + 0.7
+
+    def inside(points, manifold):
+        hits = 0
+        for point in points:
+            radii = [sorted(np.linalg.norm(manifold - m, axis=1))[3] for m in manifold]  # the zeroth is m itself
+            hits += any(np.linalg.norm(point - m) <= r for m, r in zip(manifold, radii))
+        return hits / len(points)
+    expected = inside(a, b), inside(b, a)
+    assert fid.precision_recall(torch.from_numpy(a), torch.from_numpy(b), chunk=7) == expected and expected[0] != expected[1]
+    with pytest.raises(ValueError, match="give more"):
+        fid.precision_recall(torch.from_numpy(a[:3]), torch.from_numpy(b))
+
+
+@pytest.fixture(scope="module")
+def fid_files(tmp_path_factory):
+    """Small inputs of all kinds; the extractor is three channel means, so a dozen images are enough."""
+    path, rng = tmp_path_factory.mktemp("fid"), np.random.default_rng(0)
+    images = rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(images):
+        (path / f"folder/{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path / f"folder/{i % 2}/{i}.png")
+    np.savez(path / "images.npz", images, np.arange(24) % 4)
+    np.savez(path / "other.npz", images // 2)
+    np.savez_compressed(path / "few.npz", images[:3])
+    np.savez(path / "float.npz", images / 255)
+    np.savez(path / "labels.npz", images, np.arange(5))
+    np.savez(path / "nothing.npz", x=1)
+    np.savez(path / "wide.npz", np.zeros((24, 8, 16, 3), np.uint8))
+    np.savez(path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    np.savez(path / "theirs.npz", mu=np.zeros(3), sigma=np.eye(3), count=24, size=(8, 8), extractor="another")
+    (path / "empty").mkdir()
+    for name in ("mixed", "broken", "deep"):
+        (path / name).mkdir()
+        Image.fromarray(images[0]).save(path / name / "a.png")
+    Image.fromarray(images[0, :4]).save(path / "mixed/b.png")
+    (path / "broken/b.jpg").write_bytes(b"no image")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(path / "deep/b.png")
+    (path / "text.npz").write_text("no archive")
+    return path
+
+
+@pytest.fixture
+def channel_means(monkeypatch):
+    def make(features, weights, device):
+        means = lambda x: x.float().mean((2, 3))
+        return (lambda x: dict(pool=means(x), spatial=means(x).roll(1, 1), logits=means(x))), "inception-test", "none"
+    monkeypatch.setattr(fid, "make_extractor", make)
+
+
+def test_fid_command_line(fid_files, channel_means, capsys):
+    def run(*args):
+        fid.main([str(fid_files / a) if (fid_files / a).exists() or a == "made.npz" else a for a in args])
+        return capsys.readouterr().out.splitlines()
+    images = np.load(fid_files / "images.npz")["arr_0"]
+    x, y = (torch.from_numpy(i).permute(0, 3, 1, 2).float().mean((2, 3)).double().numpy() for i in (images, images // 2))
+    expected = fid.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+    run("stats", "other.npz", "-o", "made.npz")
+    for samples in ("images.npz", "folder"):
+        for reference in ("other.npz", "made.npz"):
+            lines = run(samples, reference, "--json", "--batch_size", "5")
+            scores = json.loads(lines[-1])
+            assert scores["fid"] == pytest.approx(expected, rel=1e-6)
+            assert ("precision" in scores) == (reference == "other.npz") and scores["inception_score"] >= 1
+            assert scores["samples"]["count"] == scores["reference"]["count"] == 24 and "inception-test" in "".join(lines)
+            assert (scores["samples"]["labels"] == "4 labels of 6 to 6 images") == (samples == "images.npz")
+    scores = json.loads(run("images.npz", "adm.npz", "--json")[-1])
+    assert scores["reference"]["count"] is None
+    assert scores["fid"] == pytest.approx(fid.frechet_distance(x.mean(0), np.cov(x.T), np.zeros(3), np.eye(3)))
+    assert scores["sfid"] == pytest.approx(scores["fid"])
+
+
+@pytest.mark.parametrize("args,message", [
+    ("missing images.npz", "missing: no such"), ("empty images.npz", "empty: no PNG"), ("text.npz folder", "text.npz: no"),
+    ("float.npz folder", "float.npz: arr_0 is float64"), ("nothing.npz folder", "nothing.npz: neither"),
+    ("labels.npz folder", "labels.npz: arr_1"), ("images.npz few.npz", "few.npz: 3 images for 3 features"),
+    ("wide.npz folder", "wide.npz: its image size"), ("mixed folder", "b.png: (8, 4)"), ("broken folder", "b.jpg: not a readable"),
+    ("deep folder", "b.png: its pixels"), ("images.npz theirs.npz", "theirs.npz: made by another"),
+    ("images.npz adm.npz --features dino", "adm.npz: no images"), ("stats folder", "--out: belongs"),
+    ("stats adm.npz -o x.npz", "adm.npz: no images"), ("stats folder -o no_such_folder/x.npz", "--out no_such_folder/x.npz"),
+    ("folder images.npz --batch_size 0", "--batch_size 0"), ("folder", "arguments: "), ("folder images.npz --device foo", "arguments: ")])
+def test_fid_refusals(fid_files, channel_means, capsys, args, message):
+    with pytest.raises(SystemExit) as stop:
+        fid.main([str(fid_files / a) if (fid_files / a).exists() else a for a in args.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("fid.py: ") and message in error
+    assert ";" in error  # what to do
+
+
+def test_fid_refusals_of_weights(fid_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ValueError, match=f"{fid.INCEPTION_FILE}.*--weights"):
+        fid.make_extractor()
+    with pytest.raises(ValueError, match="not_there.pth: no such file"):
+        fid.make_extractor(weights="not_there.pth")
+    torch.save(dict(fc=torch.zeros(3)), tmp_path / "wrong.pth")
+    with pytest.raises(ValueError, match="wrong.pth"):
+        fid.make_extractor(weights=str(tmp_path / "wrong.pth"))
+    with pytest.raises(ValueError, match="no_such_model"):
+        fid.make_extractor("no_such_model")
+    net = random_inception()
+    torch.save(net.state_dict(), tmp_path / "right.pth")
+    extract, name, _ = fid.make_extractor(weights=str(tmp_path / "right.pth"))
+    assert name == "inception-" + fid.fingerprint(net) and name != "inception-" + fid.fingerprint(random_inception(1))
+
+
+def test_fid_as_a_process(fid_files):
+    command = [sys.executable, str(Path(fid.__file__)), str(fid_files / "broken/b.jpg"), str(fid_files / "folder")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("fid.py: ") and "Traceback" not in result.stderr
