@@ -65,10 +65,10 @@ PAPER_512 = {  # where 512 differs
 TOY = {  # ours: 32 x 32 pictures, 16 tokens, ten minutes of two CPU cores; small batches and many steps learn most in them
     "encoder": dict(batch_size=64, steps=1000, lr=2e-3, lr_end=0, warmup=0.05, decay_from=0.3, ema=0.99, noise=0.5),
     "rae": dict(batch_size=64, steps=300, lr=1e-3, lr_end=0, warmup=0.05, decay_from=0.3, ema=0.99, clip=math.inf, noise=0.5),
-    "flow": dict(batch_size=64, steps=3000, lr=3e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.995),
-    "mid": dict(batch_size=8, pairs=8, steps=400, lr=1.5e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.99),
-    "distill": dict(batch_size=64, steps=700, lr=3e-4, lr_end=5e-5, decay_from=0.5, ema=0.99, power=0.0),
-    "bootstrap": dict(batch_size=64, steps=150, lr=5e-5, ema=0.99, power=0.0),
+    "flow": dict(batch_size=64, steps=2600, lr=3e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.995),
+    "mid": dict(batch_size=8, pairs=8, steps=300, lr=1.5e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.99),
+    "distill": dict(batch_size=64, steps=600, lr=3e-4, lr_end=5e-5, decay_from=0.5, ema=0.99, power=0.0),
+    "bootstrap": dict(batch_size=64, steps=120, lr=5e-5, ema=0.99, power=0.0),
 }
 PHOTOGRAPHS = 4        # --toy --data: this many times the toy's steps
 TOY_CHANNELS = 96      # latent channels of the toy's encoder
