@@ -507,7 +507,7 @@ def test_micro_batches_and_processes_follow_the_same_loss(photographs, trained, 
 
 
 def test_whole_toy_dry_run_reports_and_leaves_nothing(tmp_path):
-    status, output = run(HERE / "train.py", "--toy", "--dry_run", "--out", tmp_path / "toy", folder=tmp_path)
+    status, output = run("torchrun", "--standalone", "--nproc_per_node=2", HERE / "train.py", "--toy", "--dry_run", "--out", tmp_path / "toy", folder=tmp_path)
     assert status == 0, output
     assert "student after bootstrap" in output and "Frechet distance" in output and list(tmp_path.iterdir()) == []
 

@@ -533,6 +533,8 @@ def train(stage, args, data):
                     pictures = generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha)
             save_grid(pictures, save_to / f"{stage}.{step:06d}.png")
     bar.close()
+    if world > 1:
+        dist.barrier()  # the next stage reads what the first process has just written
     if bad:
         say(f"{stage}: skipped {len(bad)} unreadable images: {', '.join(sorted(bad)[:20])}")
 
@@ -691,7 +693,8 @@ def parse_arguments():
 
 
 def main():
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch.func.jvp's own
+    for words in ("torch.jit.script", "broadcast_buffers"):            # told about torch's own insides, not about this run
+        warnings.filterwarnings("ignore", message=f".*{words}.*")
     args = parse_arguments()
     torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
     if args.device == "cpu":
@@ -700,7 +703,11 @@ def main():
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     try:
         temporary = tempfile.TemporaryDirectory() if args.dry_run else nullcontext(args.out)
-        with temporary as args.save_to:
+        with temporary as folder:
+            shared = [str(folder)]
+            if dist.is_initialized():
+                dist.broadcast_object_list(shared)
+            args.save_to = shared[0]
             if args.dry_run and not args.stage:
                 args.out = args.save_to
             needs_images = args.stage != "mid"
@@ -708,9 +715,10 @@ def main():
             clock = time.perf_counter()
             for stage in [args.stage] if args.stage else TOY:
                 train(stage, args, data)
-            if args.toy and not args.stage and int(os.environ.get("RANK", 0)) == 0:
-                toy_report(args, data)
-            tqdm.write(f"{(time.perf_counter() - clock) / 60:.1f} minutes", file=sys.stderr)
+            if int(os.environ.get("RANK", 0)) == 0:
+                if args.toy and not args.stage:
+                    toy_report(args, data)
+                tqdm.write(f"{(time.perf_counter() - clock) / 60:.1f} minutes", file=sys.stderr)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
