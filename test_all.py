@@ -272,15 +272,38 @@ def small_rae(num_channels=8):
     return rae.RAE(encoder, decoder, torch.randn(encoder.shape), torch.rand(encoder.shape) + 0.5).eval()
 
 
-def test_published_decoder_layout_against_a_plain_forward():
+def published_decoder(d, c, tokens, patch, hidden):
+    """Random tensors under the names of a published decoder of one block."""
     torch.manual_seed(0)
-    d, c = 16, 6
-    p = {"decoder_pos_embed": torch.randn(1, 5, d), "trainable_cls_token": torch.randn(1, 1, d)}
-    shapes = {"decoder_embed": (d, c), "decoder_norm": (d,), "decoder_pred": (3 * 64, d)} | {f"decoder_layers.0.{n}": s for n, s in {
+    p = {"decoder_pos_embed": torch.randn(1, tokens + 1, d), "trainable_cls_token": torch.randn(1, 1, d)}
+    shapes = {"decoder_embed": (d, c), "decoder_norm": (d,), "decoder_pred": (3 * patch**2, d)} | {f"decoder_layers.0.{n}": s for n, s in {
         "attention.attention.query": (d, d), "attention.attention.key": (d, d), "attention.attention.value": (d, d), "attention.output.dense": (d, d),
-        "intermediate.dense": (40, d), "output.dense": (d, 40), "layernorm_before": (d,), "layernorm_after": (d,)}.items()}
+        "intermediate.dense": (hidden, d), "output.dense": (d, hidden), "layernorm_before": (d,), "layernorm_after": (d,)}.items()}
     for name, shape in shapes.items():
         p |= {f"{name}.weight": 0.3 * torch.randn(shape), f"{name}.bias": 0.3 * torch.randn(shape[0])}
+    return p
+
+
+def test_published_rae_from_a_folder_laid_out_like_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setitem(rae.DECODERS, "XL", dict(hidden_size=16, depth=1, num_heads=2, mlp_hidden=40))
+    files = {kind: tmp_path / name for kind, name in rae.HUB_FILES[256].items()}
+    for path in files.values():
+        path.parent.mkdir(parents=True)
+    published = published_decoder(16, 768, 256, 16, 40)
+    torch.save({"model": published}, files["decoder"])
+    var = torch.rand(768, 16, 16) + 0.5
+    torch.save({"var": var}, files["statistics"])  # no mean, as the published file may have none
+    model, z = rae.published_rae(256, tmp_path), torch.randn(1, 768, 16, 16)
+    assert model.encoder is None and model.decode(z).shape == (1, 3, 256, 256)
+    assert torch.equal(model.decode(z), model.decoder(z * (var + 1e-5).sqrt()))
+    torch.save({"mean": var}, files["statistics"])
+    with pytest.raises(rae.UserError, match="no tensor 'var'"):
+        rae.published_rae(256, tmp_path)
+
+
+def test_published_decoder_layout_against_a_plain_forward():
+    d, c = 16, 6
+    p = published_decoder(d, c, 4, 8, 40)
     decoder = rae.Decoder(c, 2, 8, d, 1, 2, 40)
     decoder.load_state_dict(rae.convert_decoder(p))
     linear = lambda x, name: x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
