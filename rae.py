@@ -140,7 +140,7 @@ class Encoder(nn.Module):
 
 
 class EncoderPretraining(nn.Module):
-    """How the toy's encoder gets a representation: tokens must name the class together and show their pixels singly.
+    """How the toy's encoder gets a representation: together, and under noise, its tokens name the class and can be drawn from.
 
     The class alone leaves nothing to draw from; pixels alone leave classes entangled. ImageNet needs none of this:
     there DINOv2 brings both.
@@ -152,7 +152,7 @@ class EncoderPretraining(nn.Module):
         self.classify = nn.Linear(encoder.shape[0], num_classes)
         self.draw = Decoder(encoder.shape[0], encoder.grid, patch_size, **DECODERS["toy"])
 
-    def forward(self, images, labels, noise, noise_level=0.8, pixel_weight=10.0):
+    def forward(self, images, labels, noise, noise_level, pixel_weight=10.0):
         """images (B, 3, S, S), labels (B,), noise (B, C, G, G) on the tokens -> (loss, {"mse": of pixels, "accuracy"})."""
         z = self.encoder(images) + noise_level * noise                                          # (B, C, G, G)
         scores = self.classify(z.mean((2, 3)))                                                  # (B, classes)
@@ -261,6 +261,7 @@ class RAE(nn.Module):
     def __init__(self, encoder, decoder, mean=None, var=None):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        self.encoder_config = getattr(encoder, "config", None)
         self.register_buffer("mean", mean)
         self.register_buffer("var", var)
 
@@ -285,12 +286,9 @@ class RAE(nn.Module):
 
     def packed(self):
         """All that another script needs to rebuild this RAE. Weights of a public encoder stay where they came from."""
-        keep_encoder = self.encoder is not None and self.encoder.config["name"] == "toy"
+        keep_encoder = self.encoder_config["name"] == "toy"
         state = {k: v.detach().cpu() for k, v in self.state_dict().items() if keep_encoder or not k.startswith("encoder.")}
-        return dict(encoder=self.encoder_config(), decoder=self.decoder.config, state=state)
-
-    def encoder_config(self):
-        return self.encoder.config if self.encoder is not None else self.missing_encoder
+        return dict(encoder=self.encoder_config, decoder=self.decoder.config, state=state)
 
 
 def unpack_rae(packed, with_encoder=False, encoder_weights=None):
@@ -298,7 +296,7 @@ def unpack_rae(packed, with_encoder=False, encoder_weights=None):
     state = packed["state"]
     encoder = Encoder(**packed["encoder"], weights=encoder_weights) if with_encoder or packed["encoder"]["name"] == "toy" else None
     rae = RAE(encoder, Decoder(**packed["decoder"]), state.get("mean"), state.get("var"))
-    rae.missing_encoder = packed["encoder"]
+    rae.encoder_config = packed["encoder"]  # known even where the encoder itself is not needed
     missing, odd = rae.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.startswith("encoder.") or packed["encoder"]["name"] == "toy"]
     if missing or odd:

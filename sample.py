@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import meanflow
 from dit import DiTDH, infer_config
-from rae import Parser, UserError, at_least, load_file, load_weights, one_line, pick_device, published_rae, run_main, unpack_rae
+from rae import Parser, UserError, at_least, load_file, load_rae, load_weights, one_line, pick_device, published_rae, run_main, unpack_rae
 
 
 def noise_of(seed, indices, shape):
@@ -47,8 +47,8 @@ def to_uint8(images):
 
 
 def save_grid(images, path, columns=8):
-    """Images (B, 3, S, S) in [0, 1] -> one PNG, `columns` a row."""
-    grid = make_grid(to_uint8(images.cpu().float()), nrow=columns, padding=2, pad_value=255)   # (3, height, width)
+    """Images uint8 (B, 3, S, S) -> one PNG, `columns` a row."""
+    grid = make_grid(images, nrow=columns, padding=2, pad_value=255)   # (3, height, width)
     scale = max(1, 64 // images.shape[-1])                                                      # small pictures are shown larger
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())                                      # (height, width, 3)
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
@@ -119,12 +119,10 @@ def main():
     model, content = load_network(args.ckpt)
     channels, grid = model.in_channels, model.input_size
     alpha = content.get("alpha") or (channels * grid * grid / 4096) ** 0.5
-    if args.rae or not content.get("rae"):
-        if args.rae and Path(args.rae).is_file():
-            content = {**content, **{k: v for k, v in load_file(args.rae).items() if k == "rae"}}
-            rae = unpack_rae(content["rae"])
-        else:
-            rae = published_rae(16 * grid, args.rae)
+    if args.rae and Path(args.rae).is_file():
+        rae = load_rae(args.rae, with_encoder=False)
+    elif args.rae or not content.get("rae"):
+        rae = published_rae(16 * grid, args.rae)
     else:
         rae = unpack_rae(content["rae"])
     names = content.get("classes") or imagenet_names()
@@ -150,7 +148,7 @@ def main():
         pictures.append(images)
     pictures = torch.cat(pictures)                                                              # (num, 3, S, S)
     if not as_folder:
-        save_grid(pictures[:64] / 255, out)
+        save_grid(pictures[:64], out)
     if args.npz:
         np.savez(args.npz, arr_0=pictures.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
     print(f"{args.num} images, {steps} evaluation{'s' * (steps > 1)} each: {out}" + (f", {args.npz}" if args.npz else ""))

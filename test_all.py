@@ -594,6 +594,7 @@ def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
         ("sample.py", "--ckpt", tmp_path / "none.pt"): "none.pt: no such file",
         ("sample.py", "--ckpt", tmp_path / "cut.pt"): "cut.pt: not a readable checkpoint, or cut short",
         ("sample.py", "--ckpt", trained / "rae.pt"): "rae.pt: a checkpoint of the stage rae",
+        ("sample.py", "--ckpt", trained / "flow.pt", "--rae", trained / "encoder.pt"): "encoder.pt: holds no RAE",
         ("sample.py", "--ckpt", trained / "mid.pt", "--classes", "unicorn"): "no class 'unicorn' among 3",
         ("sample.py", "--ckpt", trained / "mid.pt", "--steps", "0"): "--steps: must be a whole number of at least 1",
         ("rae.py", tmp_path / "text" / "a" / "notes.jpg", "--rae", trained / "rae.pt"): "notes.jpg: not a readable image",

@@ -531,7 +531,7 @@ def train(stage, args, data):
                     labels = (torch.arange(8) * max(1, len(classes) // 8) % len(classes)).repeat(4).to(device)
                     noise = noise_of(args.seed, range(32), noise_shape).to(device)
                     pictures = generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha)
-            save_grid(pictures, save_to / f"{stage}.{step:06d}.png")
+            save_grid(to_uint8(pictures.float()).cpu(), save_to / f"{stage}.{step:06d}.png")
     bar.close()
     if world > 1:
         dist.barrier()  # the next stage reads what the first process has just written
@@ -606,7 +606,7 @@ def toy_report(args, data, num=1000):
     for row in shown:
         where = [(row["labels"] == k).nonzero()[:, 0][:2] for k in columns]
         strips.append(torch.stack([row["images"][w[min(j, len(w) - 1)]] for j in (0, 1) for w in where if len(w)]))
-    save_grid(torch.cat(strips).float() / 255, out / "comparison.png", columns=len(strips[0]) // 2)
+    save_grid(torch.cat(strips), out / "comparison.png", columns=len(strips[0]) // 2)
     picture = Image.open(out / "comparison.png")
     labelled = Image.new("RGB", (picture.width + 190, picture.height), "white")
     labelled.paste(picture, (190, 0))
@@ -710,8 +710,7 @@ def main():
             args.save_to = shared[0]
             if args.dry_run and not args.stage:
                 args.out = args.save_to
-            needs_images = args.stage != "mid"
-            data = load_data(args) if needs_images else None
+            data = load_data(args) if args.stage != "mid" else None
             clock = time.perf_counter()
             for stage in [args.stage] if args.stage else TOY:
                 train(stage, args, data)
