@@ -15,6 +15,7 @@ K heads, M = 4/3 D or 8/3 D hidden units.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # (encoder, head). "toy" is ours; the rest are the published sizes.
 MODELS = {
@@ -161,6 +162,13 @@ class PatchEmbedding(nn.Module):
         return F.linear(z.flatten(2).transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (B, C, H, W) -> (B, N, D)
 
 
+def run(block, *inputs, checkpointing=False):
+    """block(*inputs). With checkpointing its activations are not kept for the backward pass but computed again there."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The network
 
@@ -170,6 +178,7 @@ class DiTDH(nn.Module):
     input_size: latent grid side. hidden_size, depth, num_heads: (encoder, head). class_std, time_std: standard
     deviations of the initial class table and time MLP; the published recipe has 0.02 for both, time_std None means Xavier.
     """
+    checkpointing = False  # True: blocks' activations are computed twice instead of kept
 
     def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, num_classes, average_velocity=False, class_std=0.02, time_std=0.02):
         super().__init__()
@@ -216,12 +225,12 @@ class DiTDH(nn.Module):
 
         s = self.s_embedder(z) + self.pos_embed                                                 # (B, N, D)
         for block in encoder:
-            s = block(s, c, self.enc_feat_rope)
+            s = run(block, s, c, self.enc_feat_rope, checkpointing=self.checkpointing)
         s = self.s_projector(F.silu(s + time[:, None]))                                         # (B, N, D of the head)
 
         x = self.x_embedder(z)                                                                  # (B, N, D of the head)
         for block in head:
-            x = block(x, s, self.dec_feat_rope)
+            x = run(block, x, s, self.dec_feat_rope, checkpointing=self.checkpointing)
         x = self.final_layer(x, s)                                                              # (B, N, C)
         return x.transpose(1, 2).unflatten(2, z.shape[2:])                                      # (B, C, H, W)
 

@@ -3,13 +3,16 @@
 Paper: RAE, arXiv 2510.11690, as used by arXiv 2511.13019. The encoder was trained to understand images, not to compress
 them, and is never changed; all that is learned here is the decoder, and the mean and variance of every latent entry.
 
+    python rae.py                                # parameters and multiply-accumulates, and what one image costs
     python rae.py IMAGE                          # reconstruction beside the original: DINOv2 encoder, published decoder
     python rae.py IMAGE --rae out/toy/rae.pt     # the same with a checkpoint of `train.py --stage rae`
+    python rae.py FOLDER --features inception    # PSNR, SSIM and rFID over all its images
 
 Shapes: B images, G x G = N patches (tokens), P pixels a patch side, C latent channels, D decoder width.
 Images are float in [0, 1], (B, 3, S, S); latents (B, C, G, G) are normalised per entry: about mean 0, variance 1.
 """
 import argparse
+import difflib
 import json
 import os
 import re
@@ -24,15 +27,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from timm.models.vision_transformer import Block, VisionTransformer
+from tqdm import tqdm
 
-from dit import sincos_positions
+from dit import MODELS, DiTDH, count, run, sincos_positions
 
 IMAGENET_MEAN, IMAGENET_STD = ((torch.tensor(c).view(3, 1, 1)) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 DINOV2 = "vit_base_patch14_reg4_dinov2.lvd142m"
 DECODERS = {
     "toy": dict(hidden_size=192, depth=4, num_heads=4, mlp_hidden=512),
+    "S": dict(hidden_size=384, depth=12, num_heads=6, mlp_hidden=1536),
+    "B": dict(hidden_size=768, depth=12, num_heads=12, mlp_hidden=3072),
+    "L": dict(hidden_size=1024, depth=24, num_heads=16, mlp_hidden=4096),
     "XL": dict(hidden_size=1152, depth=28, num_heads=16, mlp_hidden=4096),
 }
+LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+LPIPS_FILE = "lpips-vgg-a78928a0.pth"  # ends in the first digits of its sha256, which the download is held against
 HUB = "nyu-visionx/RAE-collections"  # Hugging Face repository of the published weights, and where each file lies in it
 HUB_FILES = {
     256: dict(decoder="decoders/dinov2/wReg_base/ViTXL_n08/model.pt", statistics="stats/dinov2/wReg_base/imagenet1k/stat.pt",
@@ -102,37 +111,69 @@ class ConvStem(nn.Module):
         return self.net(images).flatten(2).transpose(1, 2)                                      # (B, 3, S, S) -> (B, N, C)
 
 
+def timm_network(name, weights, flag, **options):
+    """A frozen network of timm, its weights from the hub, from the local file `weights`, or, for trials, "random".
+
+    Raises UserError that names the model, where its weights were looked for, the first tensor that is missing or
+    unexpected, and the flag that takes a file.
+    """
+    random, local = weights == "random", dict(file=str(weights)) if weights else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # so that "random" means the same network in every stage
+        try:
+            net = timm.create_model(name, pretrained=not random, pretrained_cfg_overlay=None if random else local, **options)
+        except Exception as error:
+            config = timm.get_pretrained_cfg(name)
+            where = weights or f"{config.hf_hub_id or config.url} on the Hugging Face hub"
+            raise UserError(f"no weights for {name}: looked for {where} ({' '.join(str(error).split())[:200] or type(error).__name__}); "
+                            f"give a local file with {flag}") from None
+    return net.eval().requires_grad_(False)
+
+
+def patch_size_of(name):
+    """Patch side in pixels of a vision transformer of timm; UserError where `name` is none."""
+    try:
+        with torch.device("meta"):
+            net = timm.create_model(name)
+    except Exception as error:  # a name that timm does not know
+        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0.5)
+        raise UserError(f"--encoder {name}: {one_line(error)}" + f"; near it: {', '.join(near)}" * bool(near)) from None
+    if not isinstance(getattr(net, "num_prefix_tokens", None), int):
+        raise UserError(f"--encoder {name}: not a plain vision transformer; give one of timm's ViTs, such as {DINOV2}")
+    return net.patch_embed.patch_size[0]
+
+
 class Encoder(nn.Module):
     """Frozen timm vision transformer: images -> one vector a patch, layer-normalised without affine parameters.
 
-    name: any timm ViT, with weights from its hub or from a local file `weights`; or "toy", a small ViT for 32 x 32 images
-    whose weights come with our checkpoint. image_size: side of the images it is given. Images are resized to a whole
-    number of patches at the network's own scale: 256 -> 224 for a patch of 14, so that the grid is 16.
+    name: any timm ViT (DINOv2, DINOv3, SigLIP2, MAE ...), with weights from its hub, from a local file `weights` or
+    "random"; or "toy", a small ViT for 32 x 32 images whose weights come with our checkpoint. image_size: side of the
+    images it is given, a multiple of 16. They are resized so that one patch covers 16 pixels: 256 -> 224 for a patch of
+    14. Channels, patch, normalisation of pixels and the number of tokens to leave out are read from the network.
     """
 
     def __init__(self, name=DINOV2, image_size=256, weights=None, channels=96):
         super().__init__()
-        self.config = dict(name=name, image_size=image_size, channels=channels)
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
         if name == "toy":
             self.net = VisionTransformer(img_size=image_size, patch_size=image_size // 4, embed_dim=channels, depth=4, num_heads=4,
                                          num_classes=0, class_token=False, global_pool="avg", embed_layer=ConvStem)
             self.input_size = image_size
         else:
-            self.input_size = image_size // 16 * 14
-            try:
-                self.net = timm.create_model(name, pretrained=True, img_size=self.input_size, num_classes=0,
-                                             pretrained_cfg_overlay=dict(file=str(weights)) if weights else None)
-            except Exception as error:
-                where = weights or f"{timm.get_pretrained_cfg(name).hf_hub_id} on the Hugging Face hub"
-                raise UserError(f"no weights for the encoder {name}: looked for {where} ({one_line(error)}); "
-                                "give a local file with --encoder_weights") from None
+            self.input_size = image_size // 16 * patch_size_of(name)
+            self.net = timm_network(name, weights, "--encoder_weights", img_size=self.input_size)
+            self.net.reset_classifier(0)
+            mean, std = (torch.tensor(self.net.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
         channels = self.net.embed_dim
         self.net.norm = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
         self.grid = self.net.patch_embed.grid_size[0]
         self.shape = (channels, self.grid, self.grid)
+        self.config = dict(name=name, image_size=image_size, channels=channels) | (dict(weights="random") if weights == "random" else {})
 
     def forward(self, images):
-        x = (images - IMAGENET_MEAN.to(images)) / IMAGENET_STD.to(images)                       # (B, 3, S, S)
+        x = (images - self.pixel_mean) / self.pixel_std                                         # (B, 3, S, S)
         if x.shape[-1] != self.input_size:
             x = F.interpolate(x, (self.input_size, self.input_size), mode="bicubic", align_corners=False)
         x = self.net.forward_features(x)[:, self.net.num_prefix_tokens:]                        # (B, N, C)
@@ -173,6 +214,7 @@ def unpatchify(x, patch_size):
 
 class Decoder(nn.Module):
     """Vision transformer from latents (B, C, G, G), not normalised, to images (B, 3, G P, G P) of about [0, 1]."""
+    checkpointing = False  # as in DiTDH
 
     def __init__(self, latent_dim, grid, patch_size, hidden_size, depth, num_heads, mlp_hidden):
         super().__init__()
@@ -180,7 +222,7 @@ class Decoder(nn.Module):
                            num_heads=num_heads, mlp_hidden=mlp_hidden)
         self.patch_size = patch_size
         self.embed = nn.Linear(latent_dim, hidden_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, hidden_size))  # not 0: with this eps, its norm's gradient would be 1e6
         positions = sincos_positions(hidden_size, grid)[None]                                   # (1, N, D)
         self.register_buffer("pos_embed", torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1))
         norm = partial(nn.LayerNorm, eps=1e-12)
@@ -192,7 +234,9 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.embed(z.flatten(2).transpose(1, 2))                                            # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
-        x = self.head(self.norm(self.blocks(x)))[:, 1:]                                         # (B, N, 3 P P)
+        for block in self.blocks:
+            x = run(block, x, checkpointing=self.checkpointing)                                 # (B, 1 + N, D)
+        x = self.head(self.norm(x))[:, 1:]                                                      # (B, N, 3 P P)
         x = unpatchify(x.float() if x.dtype == torch.bfloat16 else x, self.patch_size)          # (B, 3, S, S)
         return x * IMAGENET_STD.to(x) + IMAGENET_MEAN.to(x)
 
@@ -222,15 +266,139 @@ def convert_decoder(published):
     return state
 
 
-def reconstruction_loss(decoder, images, latents, noise, noise_level):
-    """L1 between images (B, 3, S, S) and the decoding of noised, not yet normalised latents (B, C, G, G).
+# ----------------------------------------------------------------------------------------------------------------------
+# What the decoder is trained with: L1 + LPIPS + an adversarial loss whose discriminator reads frozen DINO features
 
-    noise_level (B,) makes the decoder forgive what a generator gets slightly wrong. Returns (loss, {"mse", "psnr"}).
-    LPIPS and the adversarial loss add their terms here.
+class PerceptualDistance(nn.Module):
+    """LPIPS, version 0.1 on VGG-16 (Zhang et al. 2018, arXiv 1801.03924): images in [0, 1], twice (B, 3, S, S) -> (B,).
+
+    Features after the last ReLU of VGG's five stages, scaled to unit length at each position; squared differences,
+    weighted per channel by learned numbers >= 0, averaged over positions and summed over stages.
     """
-    reconstruction = decoder(latents + noise_level.view(-1, 1, 1, 1) * noise)                   # (B, 3, S, S)
-    mse = (reconstruction - images).square().mean().detach()
-    return (reconstruction - images).abs().mean(), {"mse": mse, "psnr": -10 * mse.log10()}
+
+    def __init__(self, vgg_weights=None, lpips_weights=None):
+        super().__init__()
+        features = timm_network("vgg16.tv_in1k", vgg_weights, "--vgg_weights").features
+        self.stages = nn.ModuleList([features[start:end] for start, end in ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))])
+        widths = (64, 128, 256, 512, 512)
+        if lpips_weights == "random":
+            heads = [torch.rand(width, generator=torch.Generator().manual_seed(width)) for width in widths]
+        else:
+            state, path = self.fetch_heads(lpips_weights), lpips_weights or LPIPS_URL
+            names = [f"lin{i}.model.1.weight" for i in range(5)]
+            if sorted(state) != names or [state[name].numel() for name in names] != [*widths]:
+                raise UserError(f"{path}: not the linear heads of LPIPS on VGG (tensors {names[0]} to {names[-1]} of {widths} numbers)")
+            heads = [state[name].flatten() for name in names]                                   # 5 x (C,)
+        for i, head in enumerate(heads):
+            self.register_buffer(f"head{i}", head.view(-1, 1, 1))                               # (C, 1, 1)
+
+    @staticmethod
+    def fetch_heads(path):
+        if path:
+            return load_weights(path)
+        try:
+            return torch.hub.load_state_dict_from_url(LPIPS_URL, map_location="cpu", check_hash=True, file_name=LPIPS_FILE, weights_only=True)
+        except Exception as error:
+            raise UserError(f"no linear heads of LPIPS: looked for {LPIPS_FILE} in torch's cache and for {LPIPS_URL} ({one_line(error)}); "
+                            "give a local file with --lpips_weights") from None
+
+    def features(self, images):
+        x = (images - IMAGENET_MEAN.to(images)) / IMAGENET_STD.to(images)
+        for stage in self.stages:
+            x = stage(x)                                                                        # (B, C, h, w), each stage half as high
+            yield F.normalize(x.float(), dim=1, eps=1e-10)
+
+    def forward(self, images, references):
+        with torch.no_grad():
+            references = [*self.features(references)]
+        return sum(((a - b).square() * getattr(self, f"head{i}")).sum(1).mean((1, 2))
+                   for i, (a, b) in enumerate(zip(self.features(images), references)))
+
+
+class Discriminator(nn.Module):
+    """Real or decoded? Five small heads on frozen DINO features: images in [0, 1], (B, 3, S, S) -> logits (B, 5 N).
+
+    Features of blocks 2, 5, 8, 11 and of the last norm of DINO ViT-S/8; the CLS token is added to every patch token.
+    A head is spectrally normalised convolutions along the tokens: of one, of nine (circular, residual), and the logit.
+    Its batch norm sees real and decoded images in one batch; in eval mode (the decoder's turn) it uses running means.
+    """
+
+    def __init__(self, image_size=256, weights=None):
+        super().__init__()
+        self.size = min(224, image_size // 8 * 8)
+        self.net = timm_network("vit_small_patch8_224.dino", weights, "--dino_weights", img_size=self.size)
+        norm = nn.utils.parametrizations.spectral_norm
+        conv = lambda width: nn.Conv1d(self.net.embed_dim, self.net.embed_dim, width, padding=width // 2, padding_mode="circular")
+        block = lambda width: nn.Sequential(norm(conv(width)), nn.BatchNorm1d(self.net.embed_dim), nn.LeakyReLU(0.2))
+        self.heads = nn.ModuleList([nn.ModuleList([block(1), block(9), norm(nn.Conv1d(self.net.embed_dim, 1, 1))]) for _ in range(5)])
+
+    def forward(self, images):
+        x = (images - IMAGENET_MEAN.to(images)) / IMAGENET_STD.to(images)
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="area" if x.shape[-1] > self.size else "bicubic")
+        last, features = self.net.forward_intermediates(x, indices=[2, 5, 8, 11], return_prefix_tokens=True, output_fmt="NLC")
+        features = [patches + cls for patches, cls in features] + [last[:, 1:] + last[:, :1]]   # 5 x (B, N, D)
+        logits = []
+        for (one, nine, logit), x in zip(self.heads, features):
+            x = one(x.transpose(1, 2))                                                          # (B, D, N)
+            logits.append(logit((x + nine(x)) / 2**0.5).flatten(1))                             # (B, N)
+        return torch.cat(logits, 1).float()                                                     # (B, 5 N)
+
+
+def augment(images, uniform):
+    """DiffAug (Zhao et al. 2020, arXiv 2006.10738), colour and translation: differentiable, so that it may stand between
+    decoder and discriminator. images (B, 3, S, S) in [0, 1], uniform (B, 5) in [0, 1) -> (B, 3, S, S)."""
+    brightness, saturation, contrast, down, across = uniform.T.reshape(5, -1, 1, 1, 1)          # 5 x (B, 1, 1, 1)
+    x = images + (brightness - 0.5) / 2
+    for factor, over in ((2 * saturation, 1), (0.5 + contrast, (1, 2, 3))):
+        grey = x.mean(over, keepdim=True)
+        x = grey + factor * (x - grey)
+    side, reach = x.shape[-1], x.shape[-1] // 8                                                 # shifts of up to an eighth, over mid-grey
+    x = F.pad(x, [reach] * 4, value=0.5)                                                        # (B, 3, S + 2 reach, S + 2 reach)
+    row, column = ((torch.arange(side, device=x.device) + (u.flatten(1) * (2 * reach + 1)).long()) for u in (down, across))  # 2 x (B, S)
+    return x[torch.arange(len(x), device=x.device)[:, None, None], :, row[:, :, None], column[:, None]].permute(0, 3, 1, 2)  # (B, 3, S, S)
+
+
+def reconstruction_loss(reconstruction, images, perceptual=None, perceptual_weight=1.0, discriminator=None, adversarial_weight=0.75, last_layer=None):
+    """L1 + perceptual_weight LPIPS + adversarial_weight w GAN, of reconstruction and images (B, 3, S, S) in [0, 1].
+
+    perceptual(a, b) -> (B,); discriminator(reconstruction) -> logits, and GAN is their mean, negated. w makes both
+    sides pull equally: the ratio of the norms of their gradients at the decoder's last_layer, at most 1e4. All of these
+    gradients go through the reconstruction, so each network is differentiated once, up to it.
+    Returns (loss, metrics); metrics: "mse", "psnr" (dB), "l1" and, of the parts in use, "lpips", "gan", "gan_weight".
+    """
+    mse, l1 = (reconstruction - images).square().mean().detach(), (reconstruction - images).abs().mean()
+    loss, metrics = l1, {"mse": mse, "psnr": -10 * mse.log10(), "l1": l1.detach()}
+    if perceptual is not None:
+        lpips = perceptual(reconstruction, images).mean()
+        loss, metrics["lpips"] = loss + perceptual_weight * lpips, lpips.detach()
+    if discriminator is None:
+        return loss, metrics
+    gan = -discriminator(reconstruction).mean()
+    pulls = [torch.autograd.grad(term, reconstruction)[0] for term in (loss, gan)]              # 2 x (B, 3, S, S)
+    norms = [torch.autograd.grad(reconstruction, last_layer, pull, retain_graph=True)[0].norm() for pull in pulls]
+    weight = adversarial_weight * (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
+    pull = (reconstruction * (pulls[0] + weight * pulls[1])).sum()                              # has the gradient of the loss,
+    loss = (loss + weight * gan).detach() + pull - pull.detach()                                # and this also its value
+    return loss, metrics | {"gan": gan.detach(), "gan_weight": weight}
+
+
+def discriminator_loss(discriminator, images, reconstruction):
+    """Hinge loss: logits of images above 1, of reconstructions below -1. Returns (loss, {"d_loss", "d_accuracy"})."""
+    real, fake = discriminator(torch.cat([images, reconstruction])).chunk(2)                    # 2 x (B, 5 N)
+    loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    return loss, {"d_loss": loss.detach(), "d_accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2}
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004; Gaussian window of 11, sigma 1.5) of images (B, 3, S, S) in [0, 1] -> (B,)."""
+    line = torch.exp(-(torch.arange(11, device=a.device) - 5.0) ** 2 / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2)[None, None]                               # (1, 1, 11, 11)
+    blur = lambda x: F.conv2d(x.flatten(0, 1)[:, None], window)                                 # (3 B, 1, S - 10, S - 10)
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, covariance = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    similarity = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2) * (2 * covariance + 0.03**2) / (var_a + var_b + 0.03**2)
+    return similarity.mean((1, 2, 3)).view(-1, 3).mean(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,7 +462,8 @@ class RAE(nn.Module):
 def unpack_rae(packed, with_encoder=False, encoder_weights=None):
     """Undo RAE.packed(). A public encoder is fetched only where with_encoder asks for it."""
     state = packed["state"]
-    encoder = Encoder(**packed["encoder"], weights=encoder_weights) if with_encoder or packed["encoder"]["name"] == "toy" else None
+    options = packed["encoder"] | (dict(weights=encoder_weights) if encoder_weights else {})
+    encoder = Encoder(**options) if with_encoder or packed["encoder"]["name"] == "toy" else None
     rae = RAE(encoder, Decoder(**packed["decoder"]), state.get("mean"), state.get("var"))
     rae.encoder_config = packed["encoder"]  # known even where the encoder itself is not needed
     missing, odd = rae.load_state_dict(state, strict=False)
@@ -332,10 +501,17 @@ def load_weights(path, content=None):
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
 
 
+def hub_file(kind, resolution, flag):
+    """Where a published file lies in the hub's repository. Raises UserError where there is none of this resolution."""
+    if resolution not in HUB_FILES:
+        raise UserError(f"no published {kind} for resolution {resolution}, only for {' and '.join(map(str, HUB_FILES))}; give ours with {flag}")
+    return HUB_FILES[resolution][kind]
+
+
 def fetch(kind, resolution, flag):
     """Path of a published file ("decoder", "statistics" or "teacher"), downloaded to the hub's cache on first use."""
     from huggingface_hub import hf_hub_download
-    name = HUB_FILES[resolution][kind]
+    name = hub_file(kind, resolution, flag)
     try:
         return hf_hub_download(HUB, name)
     except Exception as error:
@@ -344,17 +520,22 @@ def fetch(kind, resolution, flag):
 
 
 def published_rae(resolution, folder=None, with_encoder=False, encoder_weights=None):
-    """The published RAE of a resolution, from the hub or from a folder laid out like it."""
-    paths = {}
-    for kind in ("decoder", "statistics"):
-        paths[kind] = Path(folder) / HUB_FILES[resolution][kind] if folder else fetch(kind, resolution, "--rae")
-    state = convert_decoder(load_weights(paths["decoder"]))
-    statistics = load_weights(paths["statistics"])
-    if "var" not in statistics:
-        raise UserError(f"{paths['statistics']}: no tensor 'var' in the latent statistics")
-    config = dict(latent_dim=768, grid=resolution // 16, patch_size=16, **DECODERS["XL"])
-    state = {f"decoder.{k}": v for k, v in state.items()} | {k: statistics[k] for k in ("mean", "var") if statistics.get(k) is not None}
-    encoder = dict(name=DINOV2, image_size=resolution, channels=768)
+    """The published RAE of a resolution, from the hub or from a folder laid out like it. Its size is read off its tensors."""
+    paths = {kind: Path(folder) / hub_file(kind, resolution, "--rae") if folder else fetch(kind, resolution, "--rae") for kind in ("decoder", "statistics")}
+    decoder = convert_decoder(load_weights(paths["decoder"]))
+    hidden, channels = decoder["embed.weight"].shape
+    grid = round((decoder["pos_embed"].shape[1] - 1) ** 0.5)
+    heads = next((size["num_heads"] for size in DECODERS.values() if size["hidden_size"] == hidden), hidden // 64)
+    config = dict(latent_dim=channels, grid=grid, patch_size=round((len(decoder["head.bias"]) / 3) ** 0.5), hidden_size=hidden, num_heads=heads,
+                  depth=sum(key.endswith("norm1.weight") for key in decoder), mlp_hidden=len(decoder["blocks.0.mlp.fc1.bias"]))
+    statistics = {key: value for key, value in load_weights(paths["statistics"]).items() if value is not None}
+    if "var" not in statistics or not {"mean", "var"} >= set(statistics):
+        raise UserError(f"{paths['statistics']}: no latent statistics, which are tensors 'var' and perhaps 'mean', but {', '.join(sorted(statistics)[:5])}")
+    for key, value in statistics.items():
+        if value.numel() != channels * grid * grid:
+            raise UserError(f"{paths['statistics']}: '{key}' is {tuple(value.shape)}, but the decoder takes latents {(channels, grid, grid)}")
+    state = {f"decoder.{k}": v for k, v in decoder.items()} | {k: v.view(channels, grid, grid) for k, v in statistics.items()}
+    encoder = dict(name=DINOV2, image_size=resolution, channels=channels)
     return unpack_rae(dict(encoder=encoder, decoder=config, state=state), with_encoder, encoder_weights)
 
 
@@ -366,40 +547,139 @@ def load_rae(path, device="cpu", with_encoder=True, encoder_weights=None):
     return unpack_rae(content["rae"], with_encoder, encoder_weights).to(device)
 
 
-def center_crop(image, size):
-    """ADM's crop: halve by box filter while twice too large, bicubic to the shorter side, cut out the middle. RGB."""
+def rae_from(given, resolution, with_encoder=True, encoder_weights=None):
+    """What a flag --rae names: a checkpoint of ours, or a folder laid out like the hub; None: the hub itself."""
+    if given and not Path(given).is_dir():
+        return load_rae(given, with_encoder=with_encoder, encoder_weights=encoder_weights)
+    return published_rae(resolution, given, with_encoder, encoder_weights)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+def shrink(image, side):
+    """As ADM resizes, RGB: halve by box filter while twice too large, then bicubic until the shorter side is `side`."""
     image = image.convert("RGB")
-    while min(image.size) >= 2 * size:
+    while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def center_crop(image, size):
+    """ADM's crop, (size, size) in RGB: shrink the shorter side to it, cut out the middle."""
+    image = shrink(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
+def random_crop(image, size, across, down):
+    """The decoder's training crop: shorter side to 1.5 size (384 for 256), then the window at shares across, down of the room."""
+    image = shrink(image, size * 3 // 2)
+    left, top = int(across * (image.width - size + 1)), int(down * (image.height - size + 1))
+    return image.crop((left, top, left + size, top + size))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def sd_vae_decoder():
+    """(weights, MACs) of Stable Diffusion's VAE decoder, latents 4 x 32 x 32 to 256 x 256: the sum over its convolutions."""
+    layers = [(4, 4, 1, 32), (4, 512, 3, 32)] + 4 * [(512, 512, 3, 32), (512, 512, 1, 32)]      # two residual blocks, one attention
+    for i, o, side in ((512, 512, 32), (512, 512, 64), (512, 256, 128), (256, 128, 256)):       # three residual blocks each
+        layers += [(i, o, 3, side)] + 5 * [(o, o, 3, side)] + (i != o) * [(i, o, 1, side)]
+        layers += (side < 256) * [(o, o, 3, 2 * side)]                                          # after doubling the side
+    layers += [(128, 3, 3, 256)]
+    return sum(i * o * k * k + o for i, o, k, _ in layers), sum(i * o * k * k * side**2 for i, o, k, side in layers) + 2 * 512 * 32**4
+
+
+def print_costs():
+    """One-step image generation, here and with the VAE's latents of MeanFlow: parameters and multiply-accumulates."""
+    one, rows = torch.ones(1, device="meta"), {}
+    label = torch.zeros(1, dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        for size in (256, 512):
+            grid = size // 16
+            encoder = timm.create_model(DINOV2, img_size=14 * grid)
+            rows[f"encoder DINOv2-B, {size}"] = count(encoder, torch.empty(1, 3, 14 * grid, 14 * grid))
+            for name, shape in DECODERS.items():
+                if name != "toy":
+                    rows[f"decoder {name}, {size}"] = count(Decoder(768, grid, 16, **shape), torch.empty(1, 768, grid, grid))
+            model = DiTDH(grid, 768, num_classes=1000, average_velocity=True, **MODELS["XL"])
+            rows[f"DiTDH XL, {size}"] = count(model, torch.empty(1, 768, grid, grid), one, label, one)
+        blocks = [Block(1152, 16, qkv_bias=True) for _ in range(28)]
+        condition = nn.Sequential(nn.Linear(512, 1152), nn.Linear(1152, 2304), *[nn.Linear(1152, 6912) for _ in range(28)], nn.Linear(1152, 2304))
+        transformer = nn.Sequential(nn.Linear(16, 1152), *blocks, nn.Linear(1152, 16))
+        rows["MeanFlow XL/2, 256"] = [a + b for a, b in zip(count(transformer, torch.empty(1, 256, 16)),
+                                                           (sum(p.numel() for p in condition.parameters()), sum(m.weight.numel() for m in condition)))]
+        rows["decoder SD-VAE, 256"] = sd_vae_decoder()
+    print("MACs of one image, all matrix products and convolutions counted\n")
+    for name, (parameters, macs) in rows.items():
+        print(f"{name:24} {parameters / 1e6:8.1f}M {macs / 1e9:8.1f} G")
+    ours, theirs = (sum(rows[part][1] for part in parts) / 1e9 for parts in (("DiTDH XL, 256", "decoder XL, 256"), ("MeanFlow XL/2, 256", "decoder SD-VAE, 256")))
+    print(f"\none step at 256: {ours:.1f} G here, {theirs:.1f} G for MeanFlow XL/2 with the SD-VAE: {1 - ours / theirs:.0%} less (the paper: 263 against 424, 38%)")
+
+
+@torch.no_grad()
+def score_folder(rae, args):
+    """PSNR and SSIM over all images of a folder and, with --features, rFID: reconstructions against originals."""
+    import fid
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    from torchvision.transforms.functional import pil_to_tensor
+    files = sorted(path for path in Path(args.image).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise UserError(f"{args.image}: no images in this folder")
+    scores, both = [], []
+    if args.features:
+        extract, name = fid.make_extractor(args.features, args.weights, args.device)
+        both = [fid.Statistics(name), fid.Statistics(name)]
+    for first in tqdm(range(0, len(files), args.batch_size), desc="reconstruct", unit="batch"):
+        originals = []
+        for path in files[first:first + args.batch_size]:
+            try:
+                originals.append(pil_to_tensor(center_crop(Image.open(path), rae.encoder_config["image_size"])))
+            except OSError as error:
+                raise UserError(f"{path}: not a readable image ({one_line(error)})") from None
+        originals = torch.stack(originals).to(args.device)                                      # uint8 (B, 3, S, S)
+        decoded = (rae.decode(rae.encode(originals / 255)).clamp(0, 1) * 255).round().to(torch.uint8)
+        mse = (decoded / 255 - originals / 255).square().mean((1, 2, 3)).clamp_min(1e-10)
+        scores.append(torch.stack([-10 * mse.log10(), ssim(decoded / 255, originals / 255)]).cpu())  # (2, B)
+        for statistics, images in zip(both, (decoded, originals)):
+            statistics.update(extract(images))
+    psnr, similarity = torch.cat(scores, 1).mean(1)
+    print(f"{len(files)} images of {args.image}: PSNR {psnr:.2f} dB, SSIM {similarity:.4f}" + (f", rFID {fid.distance(*both):.3f} ({both[0].extractor})" if both else ""))
+
+
 def main():
-    parser = Parser(description="Reconstruct an image: original left, reconstruction right.")
-    parser.add_argument("image", help="image file of any size; its centre is used")
+    parser = Parser(description="Reconstruct an image or score the reconstructions of a folder; without either, print what the networks cost.")
+    parser.add_argument("image", nargs="?", help="image of any size, its centre is used; or a folder: PSNR, SSIM and, with --features, rFID")
     parser.add_argument("--rae", help="checkpoint of train.py, or a folder laid out like the hub repository (default: the hub)")
-    parser.add_argument("--resolution", type=int, default=256, choices=(256, 512), help="of the published RAE (default 256)")
-    parser.add_argument("--encoder_weights", help="local file with the encoder's weights (default: timm's hub)")
-    parser.add_argument("--out", default="reconstruction.png", help="where to write (default reconstruction.png)")
+    parser.add_argument("--resolution", type=int, default=256, choices=(256, 512), help="of the published RAE, pixels (default 256)")
+    parser.add_argument("--encoder_weights", help="local file with the encoder's weights, or random (default: timm's hub)")
+    parser.add_argument("--features", help="of a folder's rFID, as in fid.py: inception, dino or a timm model")
+    parser.add_argument("--weights", help="local file with the weights of --features")
+    parser.add_argument("--batch_size", type=at_least(1), default=32, help="images of a folder at a time (default 32)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--out", default="reconstruction.png", help="where the picture goes (default reconstruction.png)")
     args = parser.parse_args()
+    if not args.image:
+        return print_costs()
+    args.device = pick_device(args.device)
+    if not Path(args.image).exists():
+        raise UserError(f"{args.image}: no such file or folder")
+    rae = rae_from(args.rae, args.resolution, encoder_weights=args.encoder_weights).to(args.device)
+    if Path(args.image).is_dir():
+        return score_folder(rae, args)
     from torchvision.transforms.functional import to_tensor
     from torchvision.utils import save_image
-    if args.rae and Path(args.rae).is_file():
-        rae = load_rae(args.rae, encoder_weights=args.encoder_weights)
-    else:
-        rae = published_rae(args.resolution, args.rae, with_encoder=True, encoder_weights=args.encoder_weights)
     try:
-        image = Image.open(args.image)
-        image = to_tensor(center_crop(image, rae.encoder.config["image_size"]))[None]
+        image = to_tensor(center_crop(Image.open(args.image), rae.encoder_config["image_size"]))[None].to(args.device)
     except OSError as error:
         raise UserError(f"{args.image}: not a readable image ({one_line(error)})") from None
     with torch.no_grad():
         reconstruction = rae.decode(rae.encode(image)).clamp(0, 1)
     save_image(torch.cat([image, reconstruction]), args.out)
-    print(f"{args.out}: PSNR {-10 * (image - reconstruction).square().mean().log10():.1f} dB")
+    print(f"{args.out}: PSNR {-10 * (image - reconstruction).square().mean().log10():.1f} dB, SSIM {ssim(image, reconstruction).item():.3f}")
 
 
 if __name__ == "__main__":

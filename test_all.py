@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.linalg
+import scipy.ndimage
+import timm
 import torch
 from PIL import Image
 
@@ -31,7 +34,8 @@ SIGMA = 0.6  # of the data of the linear-Gaussian flow
 
 
 def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 # --- dit.py -----------------------------------------------------------------------------------------------------------
@@ -285,7 +289,7 @@ def published_decoder(d, c, tokens, patch, hidden):
 
 
 def test_published_rae_from_a_folder_laid_out_like_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setitem(rae.DECODERS, "XL", dict(hidden_size=16, depth=1, num_heads=2, mlp_hidden=40))
+    monkeypatch.setitem(rae.DECODERS, "XL", dict(hidden_size=16, depth=1, num_heads=2, mlp_hidden=40))  # heads cannot be read off tensors
     files = {kind: tmp_path / name for kind, name in rae.HUB_FILES[256].items()}
     for path in files.values():
         path.parent.mkdir(parents=True)
@@ -296,8 +300,11 @@ def test_published_rae_from_a_folder_laid_out_like_the_hub(tmp_path, monkeypatch
     model, z = rae.published_rae(256, tmp_path), torch.randn(1, 768, 16, 16)
     assert model.encoder is None and model.decode(z).shape == (1, 3, 256, 256)
     assert torch.equal(model.decode(z), model.decoder(z * (var + 1e-5).sqrt()))
+    torch.save({"var": var[:5]}, files["statistics"])
+    with pytest.raises(rae.UserError, match=r"'var' is \(5, 16, 16\), but the decoder takes latents \(768, 16, 16\)"):
+        rae.published_rae(256, tmp_path)
     torch.save({"mean": var}, files["statistics"])
-    with pytest.raises(rae.UserError, match="no tensor 'var'"):
+    with pytest.raises(rae.UserError, match="no latent statistics.* but mean"):
         rae.published_rae(256, tmp_path)
 
 
@@ -355,11 +362,158 @@ def test_latent_statistics_are_exact_in_any_batches_and_order():
         assert relative(mean, expected[0]) < 1e-6 and relative(variance, expected[1]) < 1e-6
 
 
-def test_decoder_sees_latents_noised_before_normalisation():
-    latents, noise, level, seen = torch.randn(4, 8, 4, 4), torch.randn(4, 8, 4, 4), torch.tensor([0, 0.2, 0.5, 0.8]), []
-    decoder = lambda z: seen.append(z) or torch.full((4, 3, 32, 32), 0.25)
-    loss, metrics = rae.reconstruction_loss(decoder, torch.full((4, 3, 32, 32), 0.75), latents, noise, level)
-    assert torch.equal(seen[0], latents + level.view(4, 1, 1, 1) * noise) and loss == 0.5 and metrics["mse"] == 0.25
+@pytest.mark.parametrize("grid", (16, 32))
+def test_decoder_xl_has_the_published_tensors(grid):
+    with torch.device("meta"):
+        decoder = rae.Decoder(768, grid, 16, **rae.DECODERS["XL"])
+    d, block = 1152, {"norm1": (1152,), "norm2": (1152,), "attn.qkv": (3456, 1152), "attn.proj": (1152, 1152), "mlp.fc1": (4096, 1152), "mlp.fc2": (1152, 4096)}
+    layers = {"embed": (d, 768), "norm": (d,), "head": (768, d)} | {f"blocks.{i}.{name}": shape for i in range(28) for name, shape in block.items()}
+    expected = {f"{name}.weight": shape for name, shape in layers.items()} | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
+    expected |= {"cls_token": (1, 1, d), "pos_embed": (1, grid**2 + 1, d)}
+    assert {key: tuple(value.shape) for key, value in decoder.state_dict().items()} == expected
+
+
+def test_checkpointing_changes_memory_and_nothing_else():
+    decoder, dit = rae.Decoder(6, 2, 8, 16, 2, 2, 40), small_dit(average_velocity=True)
+    z, t = torch.randn(2, dit.in_channels, dit.input_size, dit.input_size), torch.tensor([0.3, 0.8])
+    for network, inputs in ((decoder, (torch.randn(3, 6, 2, 2),)), (dit, (z, t, torch.tensor([1, 2]), t / 2))):
+        gradients = []
+        for network.checkpointing in (False, True):
+            network.zero_grad()
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+                loss = network(*inputs).square().sum()
+            loss.backward()
+            gradients.append((sum(kept), [p.grad.clone() for p in network.parameters()]))
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0][1], gradients[1][1])) and gradients[1][0] < gradients[0][0] / 2
+
+
+TINY_VIT = "test_vit.r160_in1k"  # timm's own, for tests: patches of 16, 64 channels, a class token, pixels scaled to [-1, 1]
+
+
+def test_encoder_of_any_name_takes_its_facts_from_the_network(tmp_path):
+    net = timm.create_model(TINY_VIT, img_size=64)
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    encoder = rae.Encoder(TINY_VIT, 64, tmp_path / "w.pth")
+    images = torch.rand(2, 3, 64, 64)
+    net.norm = torch.nn.LayerNorm(64, eps=1e-6, elementwise_affine=False)
+    expected = net.eval().forward_features(2 * images - 1)[:, 1:]                                # (2, 16, 64), without the class token
+    assert encoder.shape == (64, 4, 4) and relative(encoder(images).flatten(2).transpose(1, 2), expected) < 1e-5
+    random = [rae.Encoder(TINY_VIT, 64, "random") for _ in range(2)]
+    assert torch.equal(random[0](images), random[1](images)) and random[0].config["weights"] == "random"
+    torch.save({k: v for k, v in net.state_dict().items() if k != "blocks.1.attn.qkv.weight"}, tmp_path / "w.pth")
+    with pytest.raises(rae.UserError, match="w.pth .*blocks.1.attn.qkv.weight.*--encoder_weights"):
+        rae.Encoder(TINY_VIT, 64, tmp_path / "w.pth")
+    for name, problem in (("test_resnet.r160_in1k", "not a plain vision transformer"), ("vit_base_patch14_dinov9", "Unknown model.*near it: .*vit_base_patch14_dinov2")):
+        with pytest.raises(rae.UserError, match=f"--encoder {name}: {problem}"):
+            rae.Encoder(name, 64)
+
+
+def test_random_crop_reaches_every_corner():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8))    # 1.5 times 32: nothing is resized
+    whole = np.asarray(image)
+    assert np.array_equal(rae.random_crop(image, 32, 0, 0), whole[:32, :32]) and np.array_equal(rae.random_crop(image, 32, 0.999, 0.999), whole[16:, 16:])
+    assert np.array_equal(rae.random_crop(image, 32, 0.5, 0), whole[:32, 8:40])
+    assert rae.random_crop(Image.new("L", (500, 333)), 32, 0.3, 0.7).size == (32, 32)
+
+
+# --- rae.py: the decoder's losses ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def perceptual():
+    return rae.PerceptualDistance("random", "random")
+
+
+def test_perceptual_distance_is_lpips(perceptual, tmp_path):
+    a, b = torch.rand(2, 2, 3, 32, 32)
+    x, y = ((2 * images - 1 - torch.tensor([-0.03, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.45]).view(3, 1, 1) for images in (a, b))
+    expected, widths = torch.zeros(2), []
+    for i, stage in enumerate(perceptual.stages):
+        x, y = stage(x), stage(y)
+        unit = [f / f.square().sum(1, keepdim=True).sqrt().clamp_min(1e-10) for f in (x, y)]
+        for n in range(2):
+            expected[n] += sum(getattr(perceptual, f"head{i}")[c, 0, 0] * (unit[0][n, c] - unit[1][n, c]).square().mean() for c in range(x.shape[1]))
+        widths.append((x.shape[1], x.shape[2]))
+        assert isinstance(stage[-1], torch.nn.ReLU)
+    assert widths == [(64, 32), (128, 16), (256, 8), (512, 4), (512, 2)]
+    assert relative(perceptual(a, b), expected) < 1e-5 and perceptual(a, a).abs().max() == 0
+    black = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    perceptual(black, a[:1]).sum().backward()
+    assert black.grad.isfinite().all()
+    torch.save({f"lin{i}.model.1.weight": torch.full((1, c, 1, 1), i + 1.0) for i, (c, _) in enumerate(widths)}, tmp_path / "heads.pth")
+    state = rae.PerceptualDistance.fetch_heads(tmp_path / "heads.pth")
+    assert [state[f"lin{i}.model.1.weight"].mean().item() for i in range(5)] == [1, 2, 3, 4, 5]
+
+
+def test_adversarial_loss_pulls_as_hard_as_its_weight_says():
+    """reconstruction = w x: at w = (0, 0), L1's gradient is that of one channel's mean, the discriminator's of another's."""
+    images = torch.zeros(1, 3, 2, 2)
+    images[:, 0] = 1
+    x, w = torch.ones(3, 4), torch.zeros(3, requires_grad=True)
+    judge = lambda reconstruction: 5 * reconstruction[:, 1].flatten(1)                          # logits (1, 4)
+    def gradient(**options):
+        w.grad = None
+        reconstruction = (w[:, None] * x).view(1, 3, 2, 2)
+        loss, metrics = rae.reconstruction_loss(reconstruction, images, discriminator=judge, last_layer=w, **options)
+        loss.backward()
+        return loss.item(), metrics, w.grad.tolist()
+    # d L1 / dw = (-1/3, 0, 0), as |.| has slope 0 at 0; d GAN / dw = (0, -5, 0): the ratio of the norms is 1/15
+    loss, metrics, grad = gradient(adversarial_weight=0.75)
+    assert metrics["gan_weight"] == pytest.approx(0.75 / 15, rel=1e-5) and grad == pytest.approx([-1 / 3, -0.25, 0]) and loss == pytest.approx(1 / 3)
+    loss, metrics, grad = gradient(adversarial_weight=1.0, perceptual=lambda a, b: (a[:, 2] - 3).mean((1, 2)) + 7)
+    assert metrics["lpips"] == 4 and grad == pytest.approx([-1 / 3, -(1 + 1 / 9) ** 0.5, 1]) and loss == pytest.approx(1 / 3 + 4)
+    judge = lambda reconstruction: 0 * reconstruction[:, 1].flatten(1) + 2
+    loss, metrics, grad = gradient(adversarial_weight=0.5)
+    assert metrics["gan_weight"] == pytest.approx(0.5e4) and grad == pytest.approx([-1 / 3, 0, 0]) and loss == pytest.approx(1 / 3 - 1e4)
+
+
+def test_discriminator_loss_is_the_hinge():
+    logits = torch.tensor([[2.0, 0.5], [-3.0, 0.5]], requires_grad=True)                          # real, decoded
+    loss, metrics = rae.discriminator_loss(lambda images: logits, torch.zeros(1), torch.zeros(1))
+    loss.backward()
+    assert loss == ((0 + 0.5) / 2 + (0 + 1.5) / 2) / 2 and metrics["d_accuracy"] == 0.75
+    assert logits.grad.tolist() == [[0, -0.25], [0, 0.25]]
+
+
+def test_discriminator_reads_frozen_dino_features():
+    judge = rae.Discriminator(32, "random")
+    images, seen = torch.rand(2, 3, 32, 32), []
+    for head in judge.heads:
+        head[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    logits = judge.train()(images)
+    assert logits.shape == (2, 5 * 16)
+    x = judge.net.norm_pre(judge.net._pos_embed(judge.net.patch_embed((images - rae.IMAGENET_MEAN) / rae.IMAGENET_STD)))
+    expected = [x := block(x) for block in judge.net.blocks]
+    for got, tokens in zip(seen, [expected[2], expected[5], expected[8], expected[11], judge.net.norm(expected[11])]):
+        assert relative(got.transpose(1, 2), tokens[:, 1:] + tokens[:, :1]) < 1e-5
+    assert {name.split(".")[0] for name, p in judge.named_parameters() if p.requires_grad} == {"heads"}
+    convolutions = [conv for head in judge.heads for conv in (head[0][0], head[1][0], head[2])]
+    assert all(0.95 < torch.linalg.matrix_norm(conv.weight.detach().flatten(1), 2) < 1.05 for conv in convolutions[:3])
+    before = judge.eval()(images)
+    assert torch.equal(judge(images), before) and torch.allclose(judge(images[:1]), before[:1], atol=1e-5)  # in eval mode no batch statistics
+
+
+def test_augment():
+    images, half = torch.rand(2, 3, 32, 32), torch.full((2, 5), 0.5)
+    assert torch.allclose(rae.augment(images, half), images, atol=1e-6)
+    of = lambda **changed: rae.augment(images, torch.stack([torch.full((2,), changed.get(k, 0.5)) for k in ("brightness", "saturation", "contrast", "down", "across")], 1))
+    assert torch.allclose(of(brightness=0.0), images - 0.25, atol=1e-6)
+    assert torch.allclose(of(saturation=0.0), images.mean(1, keepdim=True).expand_as(images), atol=1e-6)
+    assert torch.allclose(of(contrast=0.0).std((1, 2, 3)), images.std((1, 2, 3)) / 2, rtol=1e-4)
+    moved = of(down=0.0, across=0.999)                                                           # shown 4 pixels lower, 4 further left
+    assert torch.allclose(moved[:, :, 4:, :-4], images[:, :, :-4, 4:], atol=1e-6) and (moved[:, :, :4] == 0.5).all() and (moved[..., -4:] == 0.5).all()
+
+
+def test_ssim_against_scipy():
+    a = torch.rand(2, 3, 24, 24)
+    b = (a + 0.2 * torch.rand(2, 3, 24, 24)).clamp(0, 1)
+    blur = lambda x: scipy.ndimage.gaussian_filter(x, 1.5, truncate=5 / 1.5)[5:-5, 5:-5]
+    def plain(x, y):
+        ux, uy = blur(x), blur(y)
+        vx, vy, vxy = blur(x * x) - ux**2, blur(y * y) - uy**2, blur(x * y) - ux * uy
+        return np.mean((2 * ux * uy + 1e-4) * (2 * vxy + 9e-4) / ((ux**2 + uy**2 + 1e-4) * (vx + vy + 9e-4)))
+    expected = [np.mean([plain(*(i[n, c].double().numpy() for i in (a, b))) for c in range(3)]) for n in range(2)]
+    assert rae.ssim(a, b).tolist() == pytest.approx(expected, rel=1e-4) and rae.ssim(a, a).tolist() == pytest.approx([1, 1])
 
 
 def test_center_crop_of_any_size_and_mode():
@@ -394,6 +548,23 @@ def test_samples_depend_on_their_number_alone():
     noise = torch.stack([s["noise"] for s in many])
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03 and noise[:-1].flatten().dot(noise[1:].flatten()).abs() / noise.numel() < 0.03
     assert not torch.equal(many[0]["noise"], train.Samples("mid", 1, None, None, 10, 32, (2, 3))[0]["noise"])
+
+
+def test_unreadable_photographs_are_named_and_replaced_by_the_next(photographs, tmp_path):
+    files, labels, _ = train.list_photographs(photographs)
+    (tmp_path / "bad.jpg").write_text("not a picture")
+    whole, holed = (train.Samples("rae", 0, f, labels, 3, 32, (1,), 13) for f in (files, [*files]))
+    holed.images[whole.index(5)] = str(tmp_path / "bad.jpg")
+    assert [holed[n]["bad"] for n in (4, 5, 6)] == ["", f"{tmp_path}/bad.jpg\n", ""] and holed[5]["label"] == whole[6]["label"]
+    place = dict(zip(("across", "down"), whole[5]["uniform"][:2]))
+    crops = [torch.from_numpy(np.array(rae.random_crop(Image.open(files[whole.index(n)]), 32, **place))).permute(2, 0, 1) for n in (5, 6)]
+    for sample_, crop in ((whole[5], crops[0]), (holed[5], crops[1])):                           # the same place and flip, another picture
+        assert torch.equal(sample_["x"], crop) or torch.equal(sample_["x"], crop.flip(2))
+    train.refuse_unreadable({"a.jpg"}, 1000)
+    with pytest.raises(rae.UserError, match="2 of 1999 images cannot be read.*a.jpg, b.jpg"):
+        train.refuse_unreadable({"b.jpg", "a.jpg"}, 1999)
+    with pytest.raises(rae.UserError, match="50 images in a row .*is the disk still there"):
+        train.Samples("rae", 0, ["gone.jpg"] * 60, labels, 3, 32, (1,), 13)[0]
 
 
 def test_learning_rate_and_the_papers_table():
@@ -527,6 +698,66 @@ def test_micro_batches_and_processes_follow_the_same_loss(photographs, trained, 
         for stage, got in pool.map(go, jobs):
             for step, values in losses(trained, stage).items():
                 assert got[step] == pytest.approx(values, rel=1e-4), (stage, step)
+
+
+RANDOM = [part for name in ("encoder", "vgg", "lpips", "dino") for part in (f"--{name}_weights", "random")]
+
+
+def test_imagenets_path_from_files_to_one_step_with_networks_of_random_weights(photographs, tmp_path, monkeypatch):
+    """The rows of ImageNet, small: LPIPS and the adversarial loss come in at their steps and resume; latents come from files."""
+    paper = ("--data", photographs, "--resolution", 32, "--model", "toy", *TINY, "--workers", 0)
+    decoder = ("--stage", "rae", "--encoder", TINY_VIT, *RANDOM, "--checkpointing", "--steps", 8)
+    in_process(monkeypatch, *paper, *decoder, "--out", tmp_path / "a")
+    lines = {line["step"]: line for line in map(json.loads, (tmp_path / "a" / "rae.jsonl").read_text().splitlines()) if "step" in line}
+    assert [("d_loss" in lines[k], "gan" in lines[k]) for k in range(1, 9)] == 3 * [(False, False)] + [(True, False)] + 4 * [(True, True)]
+    assert all(line["lpips"] > 0 and line["loss"] == pytest.approx(line["l1"] + line["lpips"] + line.get("gan_weight", 0) * line.get("gan", 0)) for line in lines.values())
+    real_save = train.save
+
+    def save_and_stop(content, path):
+        real_save(content, path)
+        if content["step"] == 6:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(train, "save", save_and_stop)
+        in_process(stopped, *paper, *decoder, "--out", tmp_path / "b")
+    in_process(monkeypatch, *paper, *decoder, "--out", tmp_path / "b")
+    straight, resumed = (rae.load_file(tmp_path / out / "rae.pt") for out in "ab")
+    for part in ("model", "ema", "discriminator"):
+        assert [k for k, v in straight[part].items() if not torch.equal(v, resumed[part][k])] == []
+    for stage in ("flow", "mid", "distill", "bootstrap"):
+        in_process(monkeypatch, *paper, "--stage", stage, "--out", tmp_path / "a", "--checkpointing")
+        assert sorted(losses(tmp_path / "a", stage)) == [1, 2, 3, 4]
+    network, content = sample.load_network(tmp_path / "a" / "bootstrap.pt")
+    images = sample.generate(network, rae.load_rae(tmp_path / "a" / "bootstrap.pt"), sample.noise_of(0, range(2), (64, 2, 2)), torch.tensor([0, 1]), 1, content["alpha"])
+    assert images.shape == (2, 3, 32, 32) and content["alpha"] == 0.25 and content["rae"]["encoder"]["name"] == TINY_VIT
+
+
+def test_two_processes_share_the_decoders_optimiser_and_agree_on_statistics_and_on_bad_files(photographs, tmp_path, monkeypatch):
+    """Losses to 1e-4, statistics of the latents to 1e-6; the sharded optimiser's checkpoint is a plain one."""
+    paper = ("--data", photographs, "--resolution", 32, "--model", "toy", *TINY, "--workers", 1, "--stage", "rae", "--encoder", TINY_VIT, *RANDOM, "--adversarial", 0)
+    in_process(monkeypatch, *paper, "--out", tmp_path / "one")
+    two = ("torchrun", "--standalone", "--nproc_per_node=2", "train.py")
+    status, output = run(*two, *paper, "--shard", "--out", tmp_path / "two")
+    assert status == 0, output
+    for step, values in losses(tmp_path / "one", "rae").items():
+        assert losses(tmp_path / "two", "rae")[step] == pytest.approx(values, rel=1e-4)
+    one, shared = (rae.load_file(tmp_path / out / "rae.pt") for out in ("one", "two"))
+    statistics = rae.LatentStatistics()
+    encoder = rae.Encoder(TINY_VIT, 32, "random")
+    for z in train.in_batches(train.list_photographs(photographs)[0], 32, torch.device("cpu"), encoder, "again", batch_size=7):
+        statistics.update(z)
+    for key, other in zip(("mean", "var"), statistics.mean_and_variance()):
+        scale = one["rae"]["state"]["var"].sqrt() if key == "mean" else one["rae"]["state"]["var"]
+        assert all(((value - one["rae"]["state"][key]) / scale).abs().max() < 2e-6 for value in (shared["rae"]["state"][key], other))
+        assert relative(shared["rae"]["state"][key], one["rae"]["state"][key]) < 1e-6
+    moments = [torch.cat([content["optimizer"]["state"][k]["exp_avg"].flatten() for k in range(55)]) for content in (one, shared)]
+    assert relative(moments[1], moments[0]) < 1e-4 and len(one["optimizer"]["state"]) == len(shared["optimizer"]["state"]) == 55
+    folder = tmp_path / "photographs"
+    shutil.copytree(photographs, folder)
+    (folder / "0" / "notes.jpg").write_text("not a picture")
+    status, output = run(*two, *paper, "--data", folder, "--out", tmp_path / "three", "--steps", 30)
+    lines = [line for line in output.splitlines() if line.startswith("train.py: ")]
+    assert status != 0 and len(lines) == 1 and "1 of 61 images cannot be read" in lines[0] and "notes.jpg" in lines[0], output
 
 
 def test_whole_toy_dry_run_reports_and_leaves_nothing(tmp_path):

@@ -2,13 +2,14 @@
 
 Paper: arXiv 2511.13019. The stages, each starting from the checkpoint of the one before it in the folder --out:
 
-    rae        decoder of the representation autoencoder; its encoder is frozen      (--toy: stage "encoder" comes first)
+    rae        decoder of the representation autoencoder, whose encoder is frozen, and the latents' mean and variance
     flow       the teacher: velocity by flow matching
     mid        the student: average velocity by Consistency Mid-Training on the teacher's trajectories
     distill    MeanFlow distillation: the MeanFlow identity with the teacher's velocity
     bootstrap  MeanFlow training: the same with the one-point estimate in the teacher's place; optional
 
-    python train.py --toy                                    # all of it on a laptop CPU, on pictures it draws itself
+    python train.py --toy                                    # all of it on a laptop CPU, on pictures it draws itself;
+                                                             # a stage "encoder" comes first: the toy has no DINOv2
     python train.py --toy --data cifar10/train               # the same on folders of photographs, at 32 x 32
     torchrun --nproc_per_node=8 train.py --stage mid         # ImageNet 256 as in the paper, from the published teacher
 
@@ -34,6 +35,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -41,17 +43,20 @@ from tqdm import tqdm
 import fid
 from dit import MODELS, DiTDH, infer_config
 from meanflow import flow_matching_loss, flow_matching_times, mean_flow_loss, mean_flow_times, mid_training_loss
-from rae import (DECODERS, RAE, Decoder, Encoder, EncoderPretraining, LatentStatistics, Parser, UserError, at_least, center_crop, fetch,
-                 load_file, load_rae, one_line, pick_device, published_rae, reconstruction_loss, run_main, unpack_rae)
+from rae import (DECODERS, DINOV2, RAE, Decoder, Discriminator, Encoder, EncoderPretraining, LatentStatistics, Parser, PerceptualDistance, UserError, at_least,
+                 augment, center_crop, discriminator_loss, fetch, load_file, load_rae, one_line, pick_device, rae_from, random_crop, reconstruction_loss,
+                 run_main, unpack_rae)
 from sample import generate, imagenet_names, load_network, noise_of, save_grid, to_uint8
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What each stage is trained with. batch_size is global; for mid it counts trajectories, each giving `pairs` pairs.
-# The learning rate rises over the share `warmup` of the steps and falls to lr_end after the share decay_from of them.
+# The learning rate rises over the share `warmup` of the steps and falls to lr_end after the share decay_from of them;
+# after the shares discriminator_from and gan_from, the rae stage trains its discriminator and listens to it.
 
 EPOCH = 1_281_167  # images of ImageNet
 PAPER = {  # the paper's, at 256
-    "rae": dict(batch_size=512, steps=16 * EPOCH // 512, lr=2e-4, lr_end=2e-5, decay="cosine", warmup=1 / 16, ema=0.9978, clip=math.inf, noise=0.8),
+    "rae": dict(batch_size=512, steps=16 * EPOCH // 512, lr=2e-4, lr_end=2e-5, decay="cosine", warmup=1 / 16, ema=0.9978, clip=math.inf, noise=0.8,
+                perceptual=1.0, adversarial=0.75, discriminator_from=6 / 16, gan_from=8 / 16),
     "flow": dict(batch_size=1024, steps=800 * EPOCH // 1024, lr=2e-4, lr_end=2e-5, decay_from=40 / 800, ema=0.9995),
     "mid": dict(batch_size=8, pairs=64, steps=27_000, lr=1e-4, ema=0.999),
     "distill": dict(batch_size=256, steps=180_000, lr=1e-4, ema=0.9999),
@@ -74,7 +79,8 @@ PHOTOGRAPHS = 4        # --toy --data: this many times the toy's steps
 TOY_CHANNELS = 96      # latent channels of the toy's encoder
 TOY_ALPHA = 2.5        # time shift of the toy, tried out: at 1 the classes are learnt later, and the paper's rule gives 0.6
 TOY_START = dict(class_std=1.0, time_std=None)  # larger than the published 0.02, which learns classes too slowly for ten minutes
-DEFAULTS = dict(lr_end=None, decay="linear", decay_from=0.0, warmup=0.0, clip=1.0, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25, power=1.0)
+DEFAULTS = dict(lr_end=None, decay="linear", decay_from=0.0, warmup=0.0, clip=1.0, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25, power=1.0,
+                perceptual=0.0, adversarial=0.0, discriminator_from=0.0, gan_from=0.0)
 STARTS_FROM = {"mid": "flow", "distill": "mid", "bootstrap": "distill"}
 NODES = 17             # of a teacher's trajectory in mid: 16 steps
 
@@ -83,7 +89,7 @@ def learning_rate(step, c):
     """Learning rate of a step under the configuration c: warm-up, plateau, decay."""
     done, plateau_end = step / c["steps"], max(c["decay_from"], c["warmup"])
     if done < c["warmup"]:
-        return c["lr"] * (step + 1) / (c["warmup"] * c["steps"])
+        return c["lr"] * min(1, (step + 1) / (c["warmup"] * c["steps"]))
     if c["lr_end"] is None or done < plateau_end:
         return c["lr"]
     done = (done - plateau_end) / (1 - plateau_end)
@@ -155,17 +161,26 @@ def list_photographs(folder):
     return [path for path, _ in found.samples], torch.tensor(found.targets), tuple(found.classes)
 
 
-def read_photograph(path, size):
-    """-> uint8 (3, size, size), ADM's centre crop; OSError where the file is no readable image."""
+def read_photograph(path, size, place=None):
+    """-> uint8 (3, size, size): ADM's centre crop, or the random crop at `place`; OSError where the file is no readable image."""
     with Image.open(path) as image:
-        return torch.from_numpy(np.array(center_crop(image, size))).permute(2, 0, 1)            # (3, S, S)
+        cropped = center_crop(image, size) if place is None else random_crop(image, size, *place)
+        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)                             # (3, S, S)
 
 
 def refuse_unreadable(bad, total):
     """A few damaged files are skipped, more than 1 in 1000 end the run. bad: their names."""
     if len(bad) > total / 1000:
-        raise UserError(f"--data: {len(bad)} of {total} images cannot be read, more than 1 in 1000: {', '.join(sorted(bad)[:5])}"
-                        f"{' ...' if len(bad) > 5 else ''}; remove or replace them")
+        raise UserError(f"--data: {len(bad)} of {total} images cannot be read, more than 1 in 1000: {', '.join(sorted(bad)[:20])}"
+                        f"{' ...' if len(bad) > 20 else ''}; remove or replace them")
+
+
+def everyones(names):
+    """The union of all processes' sets, so that all of them decide alike."""
+    gathered = [names] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(gathered, names)
+    return set().union(*gathered)
 
 
 def load_data(args):
@@ -209,7 +224,7 @@ class Samples(Dataset):
     images: object                   # like Data.images or Data.latents; None: labels alone
     labels: object
     num_classes: int
-    size: int                        # side of images read from files, which are flipped at random
+    size: int                        # side of images read from files, which are flipped at random and, for rae, cropped at random
     noise_shape: tuple
     num_uniform: int = 2
     label_drop: float = 0.0
@@ -232,26 +247,44 @@ class Samples(Dataset):
                       keep_gap=math.floor((n + 1) * self.gap_share) > math.floor(n * self.gap_share))
         if self.images is None:
             label = int(which * self.num_classes)
-        else:
+        elif torch.is_tensor(self.images):
             i = self.index(n)
-            label, x = int(self.labels[i]), self.images[i]
-            if isinstance(x, str):
+            label, sample["x"] = int(self.labels[i]), self.images[i]
+        else:
+            for i in (self.index(n + k) for k in range(50)):  # the next in order stands in for a file that cannot be read
                 try:
-                    x = read_photograph(x, self.size)
-                except OSError:  # named and counted by the loop; grey stands in for it
-                    sample["bad"], x = x, torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
-                x = x.flip(2) if flip < 0.5 else x                                              # (3, S, S)
-            sample["x"] = x
+                    label, x = int(self.labels[i]), read_photograph(self.images[i], self.size, uniform[:2] if self.stage == "rae" else None)
+                    break
+                except OSError:  # named and counted by the loop
+                    sample["bad"] += f"{self.images[i]}\n"
+            else:
+                raise UserError(f"--data: 50 images in a row cannot be read, the last of them {self.images[i]}; is the disk still there?")
+            sample["x"] = x.flip(2) if flip < 0.5 else x                                        # (3, S, S)
         return sample | dict(label=self.num_classes if drop < self.label_drop else label)
 
 
+@dataclass
+class Pictures(Dataset):
+    """Images in order, uint8 (3, S, S), without any randomness; None where a file cannot be read."""
+    images: object
+    size: int
+
+    def __getitem__(self, i):
+        try:
+            return read_photograph(self.images[i], self.size) if isinstance(self.images, list) else self.images[i]
+        except OSError:
+            return None
+
+
+def stack_readable(batch):
+    return torch.stack([image for image in batch if image is not None])                         # (B, 3, S, S)
+
+
 @torch.no_grad()
-def in_batches(images, size, device, function, what, rank=0, world=1):
-    """Yield function(images in [0, 1]) for all images, or for every world-th of them; 256 at a time."""
-    mine = list(range(rank, len(images), world))
-    for first in tqdm(range(0, len(mine), 256), desc=what, leave=False, disable=rank > 0):
-        batch = [images[i] for i in mine[first:first + 256]]
-        batch = torch.stack([read_photograph(x, size) if isinstance(x, str) else x for x in batch])
+def in_batches(images, size, device, function, what, workers=0, rank=0, world=1, batch_size=256):
+    """Yield function(images in [0, 1]) for all images, or for every world-th of them."""
+    batches = DataLoader(Pictures(images, size), batch_size, sampler=range(rank, len(images), world), num_workers=workers, collate_fn=stack_readable)
+    for batch in tqdm(batches, desc=what, leave=False, disable=rank > 0):
         yield function(batch.to(device).float() / 255)                                          # of (B, 3, S, S)
 
 
@@ -260,11 +293,13 @@ def in_batches(images, size, device, function, what, rank=0, world=1):
 
 def resolve(stage, args):
     """The stage's configuration: the table's row, then the flags that were given."""
-    c = DEFAULTS | (TOY[stage] if args.toy else PAPER[stage] | (PAPER_512.get(stage, {}) if args.resolution == 512 else {}))
+    c = DEFAULTS | (TOY[stage] if args.toy else PAPER[stage] | (PAPER_512.get(stage, {}) if args.resolution >= 512 else {}))
     c["steps"] *= PHOTOGRAPHS if args.toy and args.data else 1
-    c |= {key: getattr(args, key) for key in ("batch_size", "steps", "lr") if getattr(args, key) is not None}
+    c |= {key: getattr(args, key) for key in ("batch_size", "steps", "lr", "perceptual", "adversarial") if getattr(args, key) is not None}
     c |= dict(stage=stage, toy=args.toy, resolution=32 if args.toy else args.resolution, model=args.model or ("toy" if args.toy else "XL"))
-    c |= {key: getattr(args, key) for key in ("seed", "data", "init", "teacher", "rae", "derivative", "precision")}
+    c |= {key: getattr(args, key) for key in ("seed", "data", "encoder", "init", "teacher", "rae", "derivative", "precision")}
+    if c["model"] not in (DECODERS if stage in ("encoder", "rae") else MODELS):
+        raise UserError(f"--model {c['model']}: sizes of the {'decoder' if stage == 'rae' else 'transformer'} are {', '.join(DECODERS if stage == 'rae' else MODELS)}")
     return c | (dict(steps=1) if args.dry_run else {})
 
 
@@ -289,7 +324,7 @@ def load_role(path, flag, average_velocity):
     return network, content
 
 
-def build_autoencoder(stage, args, out, classes):
+def build_autoencoder(stage, args, model, out, classes):
     """Stages encoder and rae -> (module to train, RAE)."""
     if stage == "encoder":
         encoder = Encoder("toy", 32, channels=TOY_CHANNELS)
@@ -301,9 +336,9 @@ def build_autoencoder(stage, args, out, classes):
         pretraining.load_state_dict(load_file(out / "encoder.pt")["ema"])
         encoder = pretraining.encoder
     else:
-        encoder = Encoder(image_size=args.resolution, weights=args.encoder_weights)
+        encoder = Encoder(args.encoder or DINOV2, args.resolution, args.encoder_weights)
     size = encoder.config["image_size"]
-    decoder = Decoder(encoder.shape[0], encoder.grid, size // encoder.grid, **DECODERS["toy" if args.toy else "XL"])
+    decoder = Decoder(encoder.shape[0], encoder.grid, size // encoder.grid, **DECODERS[model])
     if args.toy:  # its pretraining has trained a decoder already, and ten minutes are short
         decoder.load_state_dict(pretraining.draw.state_dict())
     return decoder, RAE(encoder.eval().requires_grad_(False), decoder)
@@ -331,15 +366,13 @@ def build_flow(stage, args, c, out, classes):
             trained, content = load_role(path, "--init", average_velocity=stage != "flow")
 
     options = dict(with_encoder=stage != "mid", encoder_weights=args.encoder_weights)
-    path = None if args.rae and Path(args.rae).is_dir() else checkpoint_of("rae", "--rae", args.rae, out)
-    if path:
-        rae = load_rae(path, **options)
-    elif content.get("rae"):
+    path = checkpoint_of("rae", "--rae", args.rae, out)
+    if not path and content.get("rae"):
         rae = unpack_rae(content["rae"], **options)
-    elif args.toy:
+    elif not path and args.toy:
         raise missing("rae", "--rae", out)
     else:
-        rae = published_rae(args.resolution, args.rae, **options)
+        rae = rae_from(path, args.resolution, **options)
     latent = rae.decoder.config["latent_dim"], rae.decoder.config["grid"]
     if trained is None:
         classes = content.get("classes") or classes or imagenet_names()
@@ -384,7 +417,7 @@ def train(stage, args, data):
     teacher = alpha = None
     if stage in ("encoder", "rae"):
         classes = data.classes
-        trained, rae = build_autoencoder(stage, args, out, classes)
+        trained, rae = build_autoencoder(stage, args, c["model"], out, classes)
         noise_shape = (rae or trained).encoder.shape
     else:
         trained, rae, teacher, alpha, classes = build_flow(stage, args, c, out, data and data.classes)
@@ -392,22 +425,36 @@ def train(stage, args, data):
     trained.to(device).train()
     ema = copy.deepcopy(trained).requires_grad_(False).eval()
     rae, teacher = (net if net is None else net.to(device) for net in (rae, teacher))
+    trained.checkpointing = args.checkpointing
     weights, ema_weights = list(trained.parameters()), list(ema.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=c["lr"], betas=c["betas"], weight_decay=0, fused=True)
+    adamw = dict(lr=c["lr"], betas=c["betas"], weight_decay=0, fused=True)
+    if args.shard and world > 1:                                    # each process keeps the moments of its share of the weights
+        optimizer = ZeroRedundancyOptimizer(weights, torch.optim.AdamW, **adamw)
+    else:
+        optimizer = torch.optim.AdamW(weights, **adamw)
+    perceptual = discriminator = None
+    if stage == "rae" and c["perceptual"]:
+        perceptual = PerceptualDistance(args.vgg_weights, args.lpips_weights).to(device)
+    if stage == "rae" and c["adversarial"]:
+        discriminator = Discriminator(c["resolution"], args.dino_weights).to(device)
+        d_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw)
 
     # Resume
     start, path, log_path, elapsed = 0, save_to / f"{stage}.pt", save_to / f"{stage}.jsonl", 0.0
     if path.exists():
         state = load_file(path)
-        for key in ("toy", "resolution", "model", "data", "seed", "batch_size"):
-            if state["config"][key] != c[key]:
-                raise UserError(f"{path}: was made with {key} {state['config'][key]}, this run has {c[key]}; give the same --{key}, or another --out")
+        for key in ("toy", "resolution", "model", "data", "encoder", "seed", "batch_size"):
+            if state["config"].get(key) != c[key]:
+                raise UserError(f"{path}: was made with {key} {state['config'].get(key)}, this run has {c[key]}; give the same --{key}, or another --out")
         start, elapsed = state["step"], state["seconds"]
         if start >= c["steps"]:
             return say(f"{path}: complete, {start} steps")
         trained.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+        if discriminator:
+            discriminator.heads.load_state_dict(state["discriminator"])
+            d_optimizer.load_state_dict(state["d_optimizer"])
     say(json.dumps(dict(c, parameters=sum(p.numel() for p in weights), start=start, world=world, micro_batch=micro)))
     if rank == 0:
         save_to.mkdir(parents=True, exist_ok=True)
@@ -423,10 +470,11 @@ def train(stage, args, data):
             return result.float() if isinstance(result, torch.Tensor) else result
         return call
 
-    wrapped = torch.compile(trained) if args.compile else trained
+    wrapped, d_wrapped = torch.compile(trained) if args.compile else trained, discriminator
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
-    student, teacher = in_precision(wrapped), teacher and in_precision(teacher)
+        d_wrapped = discriminator and DistributedDataParallel(discriminator)  # its running means are the first process's
+    student, teacher, perceptual = in_precision(wrapped), teacher and in_precision(teacher), perceptual and in_precision(perceptual)
     if stage != "encoder":
         encode = in_precision(rae.encoder if stage == "rae" else rae.encode)
 
@@ -437,21 +485,25 @@ def train(stage, args, data):
             data.latents = torch.cat([z.cpu() for z in in_batches(images, c["resolution"], device, encode, "encode")])
         images = data.latents                                       # (N, C, G, G)
     samples = Samples(stage, args.seed, images, data and data.labels, len(classes), c["resolution"], tuple(noise_shape),
-                      c["pairs"] if stage == "mid" else 2, 0.0 if stage in ("encoder", "rae") else c["label_drop"], c["gap_share"])
+                      dict(mid=c.get("pairs"), rae=13).get(stage, 2), 0.0 if stage in ("encoder", "rae") else c["label_drop"], c["gap_share"])
     numbers = (range(first, first + micro) for step in range(start, c["steps"]) for first in
                range(step * c["batch_size"] + rank * share, step * c["batch_size"] + (rank + 1) * share, micro))
     workers = args.workers if isinstance(images, list) else 0
     batches = iter(DataLoader(samples, batch_sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
 
-    bad, step, clock, logged = set(), start, time.perf_counter(), (start, time.perf_counter())
+    bad, named, step, clock, logged = set(), set(), start, time.perf_counter(), (start, time.perf_counter())
     bar = tqdm(total=c["steps"], initial=start, desc=stage, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10)
     while step < c["steps"]:
-        for group in optimizer.param_groups:
+        judged, opposed = (discriminator and step >= c[share] * c["steps"] for share in ("discriminator_from", "gan_from"))
+        for group in optimizer.param_groups + (d_optimizer.param_groups if discriminator else []):
             group["lr"] = learning_rate(step, c)
         totals = {}
         for first in range(0, share, micro):
             batch = next(batches)
-            bad.update(filter(None, batch["bad"]))
+            for net in (wrapped, d_wrapped):                        # processes add up their gradients after the last micro-batch
+                if isinstance(net, DistributedDataParallel):
+                    net.require_backward_grad_sync = first + micro == share
+            bad.update("".join(batch["bad"]).splitlines())
             y, noise = (batch[key].to(device, non_blocking=True) for key in ("label", "noise"))     # (B,), (B, C, G, G)
             if stage != "mid":
                 x = batch["x"].to(device, non_blocking=True)
@@ -462,7 +514,10 @@ def train(stage, args, data):
             if stage == "encoder":
                 loss, metrics = student(x, y, noise, c["noise"])
             elif stage == "rae":
-                loss, metrics = reconstruction_loss(student, x, encode(x), noise, c["noise"] * batch["uniform"][:, 0].to(device))
+                uniform = batch["uniform"].to(device)                                               # (B, 13): crop 0 1, noise level 2, augment 3..
+                decoded = student(encode(x) + c["noise"] * uniform[:, 2].view(-1, 1, 1, 1) * noise) # (B, 3, S, S), from latents not yet normalised
+                judge = lambda images: in_precision(discriminator.eval())(augment(images, uniform[:, 3:8]))
+                loss, metrics = reconstruction_loss(decoded, x, perceptual, c["perceptual"], judge if opposed else None, c["adversarial"], trained.head.weight)
             elif stage == "flow":
                 loss, metrics = flow_matching_loss(student, x, y, alpha, flow_matching_times(batch["uniform"][:, 0], alpha), noise)
             elif stage == "mid":
@@ -472,13 +527,17 @@ def train(stage, args, data):
                 t, r = mean_flow_times(batch["uniform"].T, batch["keep_gap"], alpha)                # (B,), (B,) on the CPU
                 loss, metrics = mean_flow_loss(student, x, y, alpha, teacher if stage == "distill" else None, args.derivative,
                                                t=t, r=r, noise=noise, power=c["power"])
-            with wrapped.no_sync() if world > 1 and first + micro < share else nullcontext():
-                (loss * micro / share).backward()
+            (loss * micro / share).backward()
+            if judged:
+                d_loss, d_metrics = discriminator_loss(in_precision(d_wrapped.train()), augment(x, uniform[:, 8:13]), augment(decoded.detach(), uniform[:, 3:8]))
+                (d_loss * micro / share).backward()
+                metrics |= d_metrics
             for key, value in (("loss", loss.detach()), *metrics.items()):
                 totals[key] = totals.get(key, 0) + value * micro / share
         grad_norm = nn.utils.clip_grad_norm_(weights, c["clip"])
-        optimizer.step()
-        optimizer.zero_grad()
+        for one in (optimizer, d_optimizer) if judged else (optimizer,):
+            one.step()
+            one.zero_grad()
         torch._foreach_lerp_(ema_weights, [w.detach() for w in weights], 1 - c["ema"])
         step += 1
         bar.update()
@@ -499,7 +558,12 @@ def train(stage, args, data):
                 bar.close()
                 raise UserError(f"{stage}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step}; the last checkpoint is kept; "
                                 "give a smaller --lr or --precision fp32")
-            refuse_unreadable(bad, len(images) if images is not None else 1)
+            if isinstance(images, list):                            # all processes stop, or none
+                bad = everyones(bad)
+                for name in sorted(bad - named):
+                    say(f"--data: skipped {name}: cannot be read")
+                named = bad
+                refuse_unreadable(bad, len(images))
             bar.set_postfix(dict(loss=f"{line['loss']:.3f}", mse=f"{line['mse']:.4f}", grad=f"{line['grad_norm']:.2f}", img_s=line["images_per_s"]), refresh=False)
             if rank == 0:
                 with log_path.open("a") as log:
@@ -510,14 +574,18 @@ def train(stage, args, data):
         if saving:
             if stage == "rae" and last:  # the statistics of the latents are part of what this stage makes
                 statistics = LatentStatistics()
-                for z in in_batches(data.images, c["resolution"], device, encode, "statistics", rank, world):
+                for z in in_batches(data.images, c["resolution"], device, encode, "statistics", workers, rank, world):
                     statistics.update(z)
                 rae.mean, rae.var = statistics.mean_and_variance()
                 rae.decoder, data.latents = ema, None
+            if args.shard and world > 1:
+                optimizer.consolidate_state_dict(to=0)
             if rank == 0:
                 content = dict(stage=stage, step=step, seconds=elapsed + time.perf_counter() - clock, config=c, classes=classes, alpha=alpha,
                                random=dict(seed=args.seed, next_sample=step * c["batch_size"]),
                                model=trained.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+                if discriminator:
+                    content |= dict(discriminator=discriminator.heads.state_dict(), d_optimizer=d_optimizer.state_dict())
                 if stage != "encoder" and (stage != "rae" or last):
                     content["rae"] = rae.packed()
                 save(content, path)
@@ -535,8 +603,6 @@ def train(stage, args, data):
     bar.close()
     if world > 1:
         dist.barrier()  # the next stage reads what the first process has just written
-    if bad:
-        say(f"{stage}: skipped {len(bad)} unreadable images: {', '.join(sorted(bad)[:20])}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -642,20 +708,31 @@ def start_wandb(args, c):
     return wandb.init(project="meanflow-rae", name=f"{Path(args.out).name}-{c['stage']}", config=c)
 
 
+def non_negative(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text}")
+    return value
+
+
 def parse_arguments():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to train")
     what.add_argument("--stage", choices=[*TOY], help="one stage (default with --toy: all of them in turn, then a report)")
     what.add_argument("--toy", action="store_true", help="small networks, 32 x 32 images, a CPU")
-    what.add_argument("--resolution", type=int, choices=(256, 512), default=256, help="of ImageNet, in pixels (default 256)")
+    what.add_argument("--resolution", type=at_least(32), default=256, help="side of the images, a multiple of 16 pixels (default 256; published: 256, 512)")
     what.add_argument("--data", help="folder with one folder of images for each class (default with --toy: drawn pictures)")
-    what.add_argument("--model", choices=[*MODELS], help="size of the transformer (default XL; with --toy: toy)")
+    what.add_argument("--model", choices=[*{**DECODERS, **MODELS}], help="size of the network to train (default XL; with --toy: toy)")
     what.add_argument("--out", help="folder of the checkpoints (default out/toy, out/photographs, out/256 or out/512)")
     start = parser.add_argument_group("what to start from (default: the checkpoints in OUT, then the published weights)")
     start.add_argument("--init", help="checkpoint to start the network from, or none: random")
     start.add_argument("--teacher", help="checkpoint of the velocity network, ours or published")
     start.add_argument("--rae", help="checkpoint with the RAE, or a folder laid out like the hub repository")
-    start.add_argument("--encoder_weights", help="local file with the DINOv2 encoder's weights (default: timm's hub)")
+    start.add_argument("--encoder", help=f"for the stage rae: a vision transformer of timm (default {DINOV2})")
+    start.add_argument("--encoder_weights", help="local file with the encoder's weights, or random (default: timm's hub)")
+    start.add_argument("--vgg_weights", help="the same for VGG-16, whose features LPIPS compares")
+    start.add_argument("--lpips_weights", help="the same for the linear heads of LPIPS")
+    start.add_argument("--dino_weights", help="the same for DINO ViT-S/8, on which the discriminator stands")
     how = parser.add_argument_group("how (defaults: the tables at the top of train.py)")
     how.add_argument("--steps", type=at_least(1), help="optimiser steps of a stage")
     how.add_argument("--batch_size", type=at_least(1), help="samples a step over all processes; for mid, trajectories")
@@ -663,10 +740,14 @@ def parse_arguments():
     how.add_argument("--lr", type=float, help="peak learning rate")
     how.add_argument("--derivative", choices=("jvp", "fd"), default="jvp", help="du/dt: exact, or central difference (default jvp)")
     how.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32; on a CPU that is fast at it, bf16)")
+    how.add_argument("--perceptual", type=non_negative, help="weight of LPIPS in the stage rae (default 1; 0 leaves it out)")
+    how.add_argument("--adversarial", type=non_negative, help="weight of the adversarial loss in the stage rae (default 0.75; 0 leaves it out)")
+    how.add_argument("--checkpointing", action="store_true", help="keep no activations inside blocks: less memory, a third more time")
+    how.add_argument("--shard", action="store_true", help="divide the optimiser's moments among the processes")
     how.add_argument("--compile", action="store_true", help="torch.compile the trained network")
     how.add_argument("--seed", type=at_least(0), default=0, help="of all random draws (default 0)")
     how.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    how.add_argument("--workers", type=at_least(0), default=8, help="processes a rank that read images of ImageNet (default 8)")
+    how.add_argument("--workers", type=at_least(0), help="processes a rank that read images from files (default: 8, if there are cores for them)")
     watch = parser.add_argument_group("what to write")
     watch.add_argument("--save_every", type=at_least(1), help="steps between checkpoints (default 2500; with --toy 500)")
     watch.add_argument("--sample_every", type=at_least(1), help="steps between pictures (default 2500; with --toy 500)")
@@ -679,11 +760,18 @@ def parse_arguments():
         raise UserError("give --stage, or --toy for all stages on a CPU (see --help)")
     if args.stage == "encoder" and not args.toy:
         raise UserError("--stage encoder belongs to --toy; at ImageNet size the encoder is DINOv2, as it is")
+    if args.encoder and (args.toy or args.stage != "rae"):
+        raise UserError(f"--encoder {args.encoder}: belongs to --stage rae without --toy; later stages use the encoder of their RAE")
+    if args.resolution % 16:
+        raise UserError(f"--resolution {args.resolution}: must be a multiple of 16")
     if args.lr is not None and not args.lr > 0:
         raise UserError(f"--lr {args.lr}: must be positive")
     args.out = args.out or ("out/photographs" if args.data else "out/toy") * args.toy or f"out/{args.resolution}"
     for flag, toy, paper in (("save_every", 500, 2500), ("sample_every", 500, 2500), ("log_every", 10, 50)):
         setattr(args, flag, getattr(args, flag) or (toy if args.toy else paper))
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     args.device = pick_device(args.device)
