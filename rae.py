@@ -86,7 +86,7 @@ def run_main(main):
     except (UserError, OSError) as error:
         line = f"{Path(sys.argv[0]).name}: {error}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(line, file=sys.stderr, flush=True)
+            tqdm.write(line, file=sys.stderr)  # a line of its own, also while a progress bar is shown
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun ends with a report of its own: let it name the reason too
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
                 json.dumps({"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}))

@@ -734,7 +734,7 @@ def test_imagenets_path_from_files_to_one_step_with_networks_of_random_weights(p
 
 def test_two_processes_share_the_decoders_optimiser_and_agree_on_statistics_and_on_bad_files(photographs, tmp_path, monkeypatch):
     """Losses to 1e-4, statistics of the latents to 1e-6; the sharded optimiser's checkpoint is a plain one."""
-    paper = ("--data", photographs, "--resolution", 32, "--model", "toy", *TINY, "--workers", 1, "--stage", "rae", "--encoder", TINY_VIT, *RANDOM, "--adversarial", 0)
+    paper = ("--data", photographs, "--resolution", 32, "--model", "toy", *TINY, "--workers", 1, "--stage", "rae", "--encoder", TINY_VIT, *RANDOM, "--adversarial", 0, "--perceptual", 0)
     in_process(monkeypatch, *paper, "--out", tmp_path / "one")
     two = ("torchrun", "--standalone", "--nproc_per_node=2", "train.py")
     status, output = run(*two, *paper, "--shard", "--out", tmp_path / "two")
@@ -751,12 +751,12 @@ def test_two_processes_share_the_decoders_optimiser_and_agree_on_statistics_and_
         assert all(((value - one["rae"]["state"][key]) / scale).abs().max() < 2e-6 for value in (shared["rae"]["state"][key], other))
         assert relative(shared["rae"]["state"][key], one["rae"]["state"][key]) < 1e-6
     moments = [torch.cat([content["optimizer"]["state"][k]["exp_avg"].flatten() for k in range(55)]) for content in (one, shared)]
-    assert relative(moments[1], moments[0]) < 1e-4 and len(one["optimizer"]["state"]) == len(shared["optimizer"]["state"]) == 55
+    assert relative(moments[1], moments[0]) < 1e-5 and len(one["optimizer"]["state"]) == len(shared["optimizer"]["state"]) == 55
     folder = tmp_path / "photographs"
     shutil.copytree(photographs, folder)
     (folder / "0" / "notes.jpg").write_text("not a picture")
     status, output = run(*two, *paper, "--data", folder, "--out", tmp_path / "three", "--steps", 30)
-    lines = [line for line in output.splitlines() if line.startswith("train.py: ")]
+    lines = [line for line in re.split("[\r\n]+", output) if line.startswith("train.py: ")]
     assert status != 0 and len(lines) == 1 and "1 of 61 images cannot be read" in lines[0] and "notes.jpg" in lines[0], output
 
 
