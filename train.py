@@ -150,6 +150,7 @@ def make_toy_images(num, seed):
 
 def list_photographs(folder):
     """A folder of class folders -> (files, labels (N,), class names), in torchvision's ImageFolder order."""
+    from timm.data import ImageNetInfo
     from torchvision.datasets import ImageFolder
     try:
         found = ImageFolder(folder)
@@ -158,7 +159,8 @@ def list_photographs(folder):
         raise UserError(f"--data {folder}: {problem}; give a folder that holds one folder of images for each class") from None
     if len(found.classes) < 2:
         raise UserError(f"--data {folder}: only one class folder, {found.classes[0]!r}; class-conditional training needs two or more")
-    return [path for path, _ in found.samples], torch.tensor(found.targets), tuple(found.classes)
+    names = dict(zip(ImageNetInfo().label_names(), imagenet_names()))                           # n02099601 is shown as golden retriever
+    return [path for path, _ in found.samples], torch.tensor(found.targets), tuple(names.get(name, name) for name in found.classes)
 
 
 def read_photograph(path, size, place=None):
