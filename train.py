@@ -475,7 +475,7 @@ def train(stage, args, data):
     wrapped, d_wrapped = torch.compile(trained) if args.compile else trained, discriminator
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
-        d_wrapped = discriminator and DistributedDataParallel(discriminator)  # its running means are the first process's
+        d_wrapped = discriminator and DistributedDataParallel(discriminator, broadcast_buffers=False)
     student, teacher, perceptual = in_precision(wrapped), teacher and in_precision(teacher), perceptual and in_precision(perceptual)
     if stage != "encoder":
         encode = in_precision(rae.encoder if stage == "rae" else rae.encode)
@@ -540,6 +540,9 @@ def train(stage, args, data):
         for one in (optimizer, d_optimizer) if judged else (optimizer,):
             one.step()
             one.zero_grad()
+        if judged and world > 1:                                    # the running means of its batch norms are the first process's
+            for buffer in discriminator.heads.buffers():
+                dist.broadcast(buffer, 0)
         torch._foreach_lerp_(ema_weights, [w.detach() for w in weights], 1 - c["ema"])
         step += 1
         bar.update()
@@ -594,14 +597,17 @@ def train(stage, args, data):
         if rank == 0 and (last or step % args.sample_every == 0):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=c["precision"] == "bf16"):
                 if stage in ("encoder", "rae"):  # rows of originals, each above its reconstructions
-                    shown = next(in_batches(data.images[:32], c["resolution"], device, lambda x: x, "show"))                # (32, 3, S, S)
+                    shown = next(in_batches(data.images[:32], c["resolution"], device, lambda x: x, "show"))
+                    columns = min(8, len(shown))
+                    shown = shown[:len(shown) // columns * columns]                                                         # (32, 3, S, S)
                     drawn = ema.draw(ema.encoder(shown)) if stage == "encoder" else ema(encode(shown))
-                    pictures = torch.stack([shown.unflatten(0, (-1, 8)), drawn.clamp(0, 1).unflatten(0, (-1, 8))], 1).flatten(0, 2)
+                    pictures = torch.stack([x.unflatten(0, (-1, columns)) for x in (shown, drawn.clamp(0, 1))], 1).flatten(0, 2)
                 else:  # a class a column
+                    columns = 8
                     labels = (torch.arange(8) * max(1, len(classes) // 8) % len(classes)).repeat(4).to(device)
                     noise = noise_of(args.seed, range(32), noise_shape).to(device)
                     pictures = generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha)
-            save_grid(to_uint8(pictures.float()).cpu(), save_to / f"{stage}.{step:06d}.png")
+            save_grid(to_uint8(pictures.float()).cpu(), save_to / f"{stage}.{step:06d}.png", columns)
     bar.close()
     if world > 1:
         dist.barrier()  # the next stage reads what the first process has just written
