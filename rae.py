@@ -6,7 +6,7 @@ them, and is never changed; all that is learned here is the decoder, and the mea
     python rae.py                                # parameters and multiply-accumulates, and what one image costs
     python rae.py IMAGE                          # reconstruction beside the original: DINOv2 encoder, published decoder
     python rae.py IMAGE --rae out/toy/rae.pt     # the same with a checkpoint of `train.py --stage rae`
-    python rae.py FOLDER --features inception    # PSNR, SSIM and rFID over all its images
+    python rae.py FOLDER --out pairs             # PSNR and SSIM over all its images, which go to pairs/ for rFID with fid.py
 
 Shapes: B images, G x G = N patches (tokens), P pixels a patch side, C latent channels, D decoder width.
 Images are float in [0, 1], (B, 3, S, S); latents (B, C, G, G) are normalised per entry: about mean 0, variance 1.
@@ -622,45 +622,46 @@ def print_costs():
 
 @torch.no_grad()
 def score_folder(rae, args):
-    """PSNR and SSIM over all images of a folder and, with --features, rFID: reconstructions against originals."""
-    import fid
+    """PSNR and SSIM over all images of a folder; with --out, all crops and reconstructions as PNG, for fid.py."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
-    from torchvision.transforms.functional import pil_to_tensor
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
     files = sorted(path for path in Path(args.image).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not files:
         raise UserError(f"{args.image}: no images in this folder")
-    scores, both = [], []
-    if args.features:
-        extract, name = fid.make_extractor(args.features, args.weights, args.device)
-        both = [fid.Statistics(name), fid.Statistics(name)]
+    folders = [Path(args.out) / name for name in ("reconstructions", "originals")] if args.out else []
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    scores = []
     for first in tqdm(range(0, len(files), args.batch_size), desc="reconstruct", unit="batch"):
-        originals = []
-        for path in files[first:first + args.batch_size]:
-            try:
-                originals.append(pil_to_tensor(center_crop(Image.open(path), rae.encoder_config["image_size"])))
-            except OSError as error:
-                raise UserError(f"{path}: not a readable image ({one_line(error)})") from None
-        originals = torch.stack(originals).to(args.device)                                      # uint8 (B, 3, S, S)
-        decoded = (rae.decode(rae.encode(originals / 255)).clamp(0, 1) * 255).round().to(torch.uint8)
+        originals = torch.stack([pil_to_tensor(crop_of(path, rae)) for path in files[first:first + args.batch_size]]).to(args.device)
+        decoded = (rae.decode(rae.encode(originals / 255)).clamp(0, 1) * 255).round().to(torch.uint8)                # (B, 3, S, S)
         mse = (decoded / 255 - originals / 255).square().mean((1, 2, 3)).clamp_min(1e-10)
-        scores.append(torch.stack([-10 * mse.log10(), ssim(decoded / 255, originals / 255)]).cpu())  # (2, B)
-        for statistics, images in zip(both, (decoded, originals)):
-            statistics.update(extract(images))
+        scores.append(torch.stack([-10 * mse.log10(), ssim(decoded / 255, originals / 255)]).cpu())                 # (2, B)
+        for folder, images in zip(folders, (decoded, originals)):
+            for i, image in enumerate(images.cpu()):
+                to_pil_image(image).save(folder / f"{first + i:06d}.png")
     psnr, similarity = torch.cat(scores, 1).mean(1)
-    print(f"{len(files)} images of {args.image}: PSNR {psnr:.2f} dB, SSIM {similarity:.4f}" + (f", rFID {fid.distance(*both):.3f} ({both[0].extractor})" if both else ""))
+    print(f"{len(files)} images of {args.image}: PSNR {psnr:.2f} dB, SSIM {similarity:.4f}")
+    if folders:
+        print(f"rFID: python fid.py {folders[0]} {folders[1]}")
+
+
+def crop_of(path, rae):
+    try:
+        return center_crop(Image.open(path), rae.encoder_config["image_size"])
+    except OSError as error:
+        raise UserError(f"{path}: not a readable image ({one_line(error)})") from None
 
 
 def main():
     parser = Parser(description="Reconstruct an image or score the reconstructions of a folder; without either, print what the networks cost.")
-    parser.add_argument("image", nargs="?", help="image of any size, its centre is used; or a folder: PSNR, SSIM and, with --features, rFID")
+    parser.add_argument("image", nargs="?", help="image of any size, its centre is used; or a folder of images")
     parser.add_argument("--rae", help="checkpoint of train.py, or a folder laid out like the hub repository (default: the hub)")
     parser.add_argument("--resolution", type=int, default=256, choices=(256, 512), help="of the published RAE, pixels (default 256)")
     parser.add_argument("--encoder_weights", help="local file with the encoder's weights, or random (default: timm's hub)")
-    parser.add_argument("--features", help="of a folder's rFID, as in fid.py: inception, dino or a timm model")
-    parser.add_argument("--weights", help="local file with the weights of --features")
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="images of a folder at a time (default 32)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--out", default="reconstruction.png", help="where the picture goes (default reconstruction.png)")
+    parser.add_argument("--out", help="of an image: the picture (default reconstruction.png); of a folder: folder for all pairs (default: none)")
     args = parser.parse_args()
     if not args.image:
         return print_costs()
@@ -672,14 +673,11 @@ def main():
         return score_folder(rae, args)
     from torchvision.transforms.functional import to_tensor
     from torchvision.utils import save_image
-    try:
-        image = to_tensor(center_crop(Image.open(args.image), rae.encoder_config["image_size"]))[None].to(args.device)
-    except OSError as error:
-        raise UserError(f"{args.image}: not a readable image ({one_line(error)})") from None
+    image, out = to_tensor(crop_of(args.image, rae))[None].to(args.device), args.out or "reconstruction.png"        # (1, 3, S, S)
     with torch.no_grad():
         reconstruction = rae.decode(rae.encode(image)).clamp(0, 1)
-    save_image(torch.cat([image, reconstruction]), args.out)
-    print(f"{args.out}: PSNR {-10 * (image - reconstruction).square().mean().log10():.1f} dB, SSIM {ssim(image, reconstruction).item():.3f}")
+    save_image(torch.cat([image, reconstruction]), out)
+    print(f"{out}: PSNR {-10 * (image - reconstruction).square().mean().log10():.1f} dB, SSIM {ssim(image, reconstruction).item():.3f}")
 
 
 if __name__ == "__main__":

@@ -847,6 +847,10 @@ def test_batch_that_the_processes_do_not_divide(photographs, tmp_path):
 def test_reconstruction_command(photographs, trained, tmp_path):
     status, output = run(HERE / "rae.py", photographs / "0" / "0.jpg", "--rae", trained / "rae.pt", folder=tmp_path)
     assert status == 0 and "PSNR" in output and (tmp_path / "reconstruction.png").exists()
+    status, output = run(HERE / "rae.py", photographs, "--rae", trained / "rae.pt", "--out", tmp_path / "pairs", "--batch_size", 25)
+    assert status == 0 and len([*(tmp_path / "pairs" / "reconstructions").iterdir()]) == len([*(tmp_path / "pairs" / "originals").iterdir()]) == 60
+    a, b = (np.stack([np.asarray(Image.open(p), float) / 255 for p in sorted((tmp_path / "pairs" / f).iterdir())]) for f in ("reconstructions", "originals"))
+    assert f"PSNR {np.mean(-10 * np.log10(((a - b) ** 2).mean((1, 2, 3)))):.2f} dB, SSIM" in output and "rFID: python fid.py" in output
 
 
 # --- README -----------------------------------------------------------------------------------------------------------
