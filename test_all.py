@@ -3,6 +3,7 @@
     python -m pytest test_all.py            # pip install pytest
     python -m pytest test_all.py -k flow    # only what has "flow" in its name
 """
+import inspect
 import json
 import math
 import os
@@ -74,6 +75,43 @@ def test_dit_count_is_the_full_count():
     assert (round(parameters / 1e6, 1), round(macs / 1e9, 1)) == (840.3, 161.6)
 
 
+def test_dit_against_a_plain_forward():
+    """One image, token by token and head by head; positions turn queries and keys as complex numbers."""
+    net = small_dit(True).double().requires_grad_(False)
+    p, z, time, r, y = net.state_dict(), torch.randn(8, 4, 4, dtype=torch.float64), 0.8, 0.3, 7
+    linear = lambda x, name: x @ p[f"{name}.weight"].flatten(1).T + p[f"{name}.bias"]
+    silu = lambda x: x / (1 + (-x).exp())
+    norm = lambda x, name: x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() * p[f"{name}.weight"]
+    row, column = torch.arange(16).double()[:, None] // 4, torch.arange(16).double()[:, None] % 4
+    frequency = lambda num: 10000.0 ** (-torch.arange(num).double() / num)
+
+    def embed(time, name):
+        angle = 2 * math.pi * time * p[f"{name}.W"]
+        return linear(silu(linear(torch.cat([angle.sin(), angle.cos()]), f"{name}.mlp.0")), f"{name}.mlp.2")
+
+    def turn(x):
+        angle = torch.cat([row * frequency(x.shape[1] // 4), column * frequency(x.shape[1] // 4)], 1)
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(1, (-1, 2))) * torch.exp(1j * angle)).flatten(1)
+
+    def block(x, c, name):
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(silu(c), f"{name}.adaLN_modulation.1").chunk(6, -1)
+        heads = zip(*(a.chunk(2, 1) for a in linear(norm(x, f"{name}.norm1") * (1 + scale1) + shift1, f"{name}.attn.qkv").chunk(3, 1)))
+        attended = torch.cat([(turn(q) @ turn(k).T / q.shape[1] ** 0.5).softmax(1) @ v for q, k, v in heads], 1)
+        x = x + gate1 * linear(attended, f"{name}.attn.proj")
+        gate, value = linear(norm(x, f"{name}.norm2") * (1 + scale2) + shift2, f"{name}.mlp.w12").chunk(2, 1)
+        return x + gate2 * linear(silu(gate) * value, f"{name}.mlp.w3")
+
+    time = embed(time, "t_embedder") + embed(time - r, "r_embedder")
+    c, tokens = silu(time + p["y_embedder.embedding_table.weight"][y]), z.flatten(1).T                  # (24,), (16, 8)
+    s = linear(tokens, "s_embedder.proj") + torch.cat([f(a * frequency(6)) for a in (column, row) for f in (torch.sin, torch.cos)], 1)
+    s = linear(silu(block(block(s, c, "blocks.0"), c, "blocks.1") + time), "s_projector")
+    x = block(block(linear(tokens, "x_embedder.proj"), s, "blocks.2"), s, "blocks.3")
+    shift, scale = linear(silu(s), "final_layer.adaLN_modulation.1").chunk(2, 1)
+    x = linear(norm(x, "final_layer.norm_final") * (1 + scale) + shift, "final_layer.linear")
+    one = lambda number: torch.tensor([number], dtype=torch.float64)
+    assert relative(net(z[None], one(0.8), torch.tensor([y]), one(r))[0].flatten(1).T, x) < 1e-6      # the positions are float32
+
+
 def test_dit_rotary_scores_depend_on_relative_position_only():
     rotary = dit.RotaryPositions(16, 5)
     q, k = torch.randn(2, 16)
@@ -94,34 +132,88 @@ def test_student_starts_as_its_teacher_and_every_weight_learns():
     assert not fresh(z, t, y).any()
 
 
-# --- meanflow.py: the linear-Gaussian flow, data ~ N(0, SIGMA^2), has both velocities in closed form -------------------
+# --- meanflow.py, held against two flows with both velocities in closed form; each coordinate of a latent is one ---------
+# "gaussian": data ~ N(0, SIGMA^2); "mixture": two Gaussians on a line. move(z, t, r) follows the flow from t to r.
+
+WEIGHT, MEAN, STD = torch.tensor([[0.4, 0.6], [-1.0, 0.8], [0.5, 0.3]], dtype=torch.float64)  # of the two components
+
 
 def spread(t):
     return ((1 - t) ** 2 * SIGMA**2 + t**2).sqrt()
 
 
-def exact_v(z, t, y):
+def gaussian_v(z, t, y):
     t = meanflow.expand(t, z)
     return z * (t - (1 - t) * SIGMA**2) / spread(t) ** 2
 
 
-def exact_u(z, t, y, r):
-    t_, r_ = meanflow.expand(t, z), meanflow.expand(r, z)
-    gap = torch.where(t_ == r_, torch.ones_like(t_), t_ - r_)
-    return torch.where(t_ == r_, exact_v(z, t, y), z * (1 - spread(r_) / spread(t_)) / gap)
+def gaussian_move(z, t, r):
+    return z * meanflow.expand(spread(r) / spread(t), z)
 
 
-def latents(n, scale=1.0, seed=0):
+def mixture(z, t):
+    """Distribution function and density of z_t, and the velocity E[e - x | z_t], each like z."""
+    z, t = z[..., None], meanflow.expand(t, z)[..., None]
+    variance = ((1 - t) * STD) ** 2 + t**2
+    offset = z - (1 - t) * MEAN
+    mass = WEIGHT * (-offset**2 / (2 * variance)).exp() / (2 * math.pi * variance).sqrt()
+    velocity = offset * (t - (1 - t) * STD**2) / variance - MEAN                                       # of each component
+    return (WEIGHT * (1 + (offset / (2 * variance).sqrt()).erf()) / 2).sum(-1), mass.sum(-1), (mass * velocity).sum(-1) / mass.sum(-1)
+
+
+def mixture_v(z, t, y):
+    return mixture(z, t)[2]
+
+
+def mixture_move(z, t, r):
+    """On a line no path crosses another: a point keeps its quantile. Bisection, and a Newton step that carries derivatives."""
+    quantile, low, high = mixture(z, t)[0], torch.full_like(z, -16), torch.full_like(z, 16)
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = mixture(middle, r)[0] < quantile
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    reached, density, _ = mixture(low, r)
+    return low + (quantile - reached) / density
+
+
+def average_velocity(v, move):
+    def u(z, t, y, r):
+        gap = meanflow.expand(t - r, z)
+        return torch.where(gap == 0, v(z, t, y), (z - move(z, t, r)) / torch.where(gap == 0, 1, gap))
+    return u
+
+
+def exact_data(u, noise):
+    return noise - u(noise, times(1.0), None, times(0.0))
+
+
+FLOWS = {"gaussian": (gaussian_v, average_velocity(gaussian_v, gaussian_move)), "mixture": (mixture_v, average_velocity(mixture_v, mixture_move))}
+both_flows = pytest.mark.parametrize("v, u", FLOWS.values(), ids=FLOWS)
+
+
+def latents(n, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(n, 3, 2, 2, dtype=torch.float64, generator=generator), torch.zeros(n, dtype=torch.long)
+    return torch.randn(n, 3, 2, 2, dtype=torch.float64, generator=generator), torch.zeros(n, dtype=torch.long)
 
 
-def test_closed_form_average_velocity_is_the_integral_of_the_velocity():
+def times(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+@both_flows
+def test_average_velocity_in_closed_form_is_the_integral_of_the_velocity(v, u):
     z, y = latents(1)
-    t, r = torch.tensor([0.8], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
-    right_side = lambda time, z: exact_v(torch.from_numpy(z)[None], torch.tensor([time], dtype=torch.float64), y)[0].numpy()
-    end = scipy.integrate.solve_ivp(right_side, (0.8, 0.3), z.flatten().numpy(), rtol=1e-10, atol=1e-12).y[:, -1]
-    assert relative(exact_u(z, t, y, r).flatten(), (z.flatten() - torch.from_numpy(end)) / 0.5) < 1e-8
+    right_side = lambda t, z: v(torch.from_numpy(z).view(1, 3, 2, 2), times(t), y).flatten().numpy()
+    end = scipy.integrate.solve_ivp(right_side, (0.8, 0.1), z.flatten().numpy(), "DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
+    assert relative(u(z, times(0.8), y, times(0.1)).flatten(), (z.flatten() - torch.from_numpy(end)) / 0.7) < 1e-11
+
+
+def test_defaults_are_the_papers():
+    defaults = {f: {k: p.default for k, p in inspect.signature(getattr(meanflow, f)).parameters.items()} for f in
+                ("total_derivative", "mean_flow_loss", "mid_training_loss", "solve_flow", "sample")}
+    expected = dict(total_derivative=dict(method="jvp", delta=5e-3), mean_flow_loss=dict(derivative="jvp", delta=5e-3, gap_share=0.25, power=1),
+                    mid_training_loss=dict(num_points=17, num_pairs=64, solver="euler"), solve_flow=dict(solver="euler"), sample=dict(steps=1))
+    assert all(expected[f].items() <= defaults[f].items() for f in expected)
 
 
 def test_shift_time():
@@ -129,126 +221,190 @@ def test_shift_time():
     assert torch.equal(meanflow.shift_time(t, 1.0), t)
     assert torch.allclose(meanflow.shift_time(meanflow.shift_time(t, 6.93), 1 / 6.93), t)
     assert round(float(meanflow.shift_time(torch.tensor(15 / 16), 6.93)), 3) == 0.990
+    normal = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    logit_normal = meanflow.flow_matching_times(torch.special.ndtr(normal), 3.0)
+    assert torch.allclose(logit_normal, 3 / (3 + (-normal).exp()), rtol=1e-12)  # the shift adds log(alpha) to the logit
 
 
-def test_total_derivative_obeys_the_mean_flow_identity():
+@both_flows
+def test_total_derivative_obeys_the_mean_flow_identity(v, u):
+    """u + (t - r) du/dt = v: exactly by JVP, and with an error of second order in delta by the central difference."""
     z, y = latents(64)
     t = torch.linspace(0.15, 0.98, 64, dtype=torch.float64)
-    r = t * torch.linspace(0, 0.9, 64, dtype=torch.float64)
-    v, u = exact_v(z, t, y), exact_u(z, t, y, r)
-    exact = (v - u) / meanflow.expand(t - r, z)
-    got = meanflow.total_derivative(exact_u, z, t, r, y, v, "jvp")
-    assert relative(got, exact) < 1e-12 and not got.requires_grad
-    errors = [relative(meanflow.total_derivative(exact_u, z, t, r, y, v, "fd", delta), exact) for delta in (2e-3, 1e-3)]
-    assert 3.9 < errors[0] / errors[1] < 4.1  # second order
+    z, r = z * meanflow.expand(spread(t), z), t * torch.linspace(0, 0.9, 64, dtype=torch.float64)
+    velocity = v(z, t, y)
+    exact = (velocity - u(z, t, y, r)) / meanflow.expand(t - r, z)
+    assert relative(meanflow.total_derivative(u, z, t, r, y, velocity, "jvp"), exact) < 1e-11
+    errors = [relative(meanflow.total_derivative(u, z, t, r, y, velocity, "fd", delta), exact) for delta in (2e-3, 1e-3)]
+    assert abs(math.log2(errors[0] / errors[1]) - 2) < 0.01
 
 
 def test_total_derivative_of_the_network_jvp_agrees_with_differences():
     net, (z, y) = small_dit(True).double(), (torch.randn(4, 8, 4, 4, dtype=torch.float64), torch.arange(4))
-    t, r = torch.tensor([0.9, 0.6, 0.5, 0.3]).double(), torch.tensor([0.1, 0.0, 0.4, 0.2]).double()
-    v = torch.randn_like(z)
-    both = [meanflow.total_derivative(net, z, t, r, y, v, method, 1e-5) for method in ("jvp", "fd")]
-    assert relative(*both) < 1e-4
-    assert all(p.grad is None for p in net.parameters())
+    t, r = times(0.9, 0.6, 0.5, 0.3), times(0.1, 0.0, 0.4, 0.2)
+    both = [meanflow.total_derivative(net, z, t, r, y, z.flip(0), method, 1e-5) for method in ("jvp", "fd")]
+    assert relative(*both) < 1e-4 and not any(derivative.requires_grad for derivative in both)
 
 
-def test_mean_flow_loss_is_zero_at_the_exact_average_velocity():
-    x, y = latents(128, SIGMA)
-    _, metrics = meanflow.mean_flow_loss(exact_u, x, y, alpha=3.0, teacher=exact_v)
-    assert metrics["mse"] < 1e-20
+@both_flows
+def test_mean_flow_loss_is_zero_at_the_exact_average_velocity(v, u):
+    x, noise, y = exact_data(u, latents(128)[0]), *latents(128, seed=1)
+    t = torch.linspace(0.05, 1, 128, dtype=torch.float64)
+    r = t * (torch.arange(128) % 5) / 4                                                                # 0, t / 4, ... t
+    assert meanflow.mean_flow_loss(u, x, y, 3.0, teacher=v, t=t, r=r, noise=noise)[1]["mse"] < 1e-20
+    errors = [meanflow.mean_flow_loss(u, x, y, 3.0, teacher=v, t=t, r=r, noise=noise, derivative="fd", delta=delta)[1]["mse"] for delta in (2e-3, 1e-3)]
+    assert abs(math.log2(errors[0] / errors[1]) - 4) < 0.1  # a squared error of second order
 
 
-def test_mean_flow_loss_has_the_gradient_of_the_adaptive_weighting():
+@pytest.mark.parametrize("power, derivative", ((1, "jvp"), (0.5, "fd"), (0, "jvp")))
+def test_mean_flow_loss_has_the_gradient_of_the_adaptive_weighting(power, derivative):
+    """Of |u - target|^2 / w with target and w = (|u - target|^2)^power held fixed, and the target of each sample its own."""
     net, x, y = small_dit(True), torch.randn(5, 8, 4, 4), torch.arange(5)
     t, r = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([0.9, 0.1, 0.7, 0.2, 0.5])
     noise = torch.randn_like(x)
-    loss, metrics = meanflow.mean_flow_loss(net, x, y, 1.0, t=t, r=r, noise=noise)
+    loss, metrics = meanflow.mean_flow_loss(net, x, y, 1.0, None, derivative, 0.02, t, r, noise, power=power)
     loss.backward()
     got = net.final_layer.linear.weight.grad.clone()
     net.zero_grad()
     z = (1 - meanflow.expand(t, x)) * x + meanflow.expand(t, x) * noise
     v = noise - x
-    target = v - meanflow.expand(t - r, x) * meanflow.total_derivative(net, z, t, r, y, v)
+    target = v - meanflow.expand(t - r, x) * meanflow.total_derivative(net, z, t, r, y, v, derivative, 0.02)
     error = (net(z, t, y, r) - target).square().flatten(1)
-    (error.sum(1) / (error.sum(1).detach() + 1e-3)).mean().backward()
+    (error.sum(1) / (error.sum(1).detach() + 1e-3) ** power).mean().backward()
     assert relative(got, net.final_layer.linear.weight.grad) < 1e-5
     assert abs(float(metrics["mse"]) / float(error.detach().mean()) - 1) < 1e-5
 
 
-def test_mean_flow_at_r_equal_t_is_flow_matching_and_needs_no_derivative(monkeypatch):
+def test_mean_flow_loss_of_a_perfect_sample_has_no_gradient():
+    u, zero = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
+    meanflow.mean_flow_loss(lambda z, t, y, r: u, zero, None, 1.0, t=zero[:, 0], r=zero[:, 0], noise=zero)[0].backward()
+    assert not u.grad.any()  # nor is it 0 / 0
+
+
+def test_mean_flow_at_r_equal_t_is_flow_matching():
     net, x, y, t, noise = small_dit(True), torch.randn(6, 8, 4, 4), torch.arange(6), torch.rand(6), torch.randn(6, 8, 4, 4)
-    seen = []
-    original = meanflow.total_derivative
-    monkeypatch.setattr(meanflow, "total_derivative", lambda u, z, *rest: seen.append(len(z)) or original(u, z, *rest))
-    _, metrics = meanflow.mean_flow_loss(net, x, y, 1.0, t=t, r=t.clone(), noise=noise)
-    _, flow = meanflow.flow_matching_loss(lambda z, t, y: net(z, t, y, t), x, y, 1.0, t, noise)
-    assert torch.allclose(metrics["mse"], flow["mse"]) and seen == []
-    meanflow.mean_flow_loss(net, x, y, 1.0, t=t, r=torch.where(torch.arange(6) < 2, t / 2, t), noise=noise)
-    assert seen == [2]  # the derivative is computed for the samples with r < t alone
+    gradients = []
+    for loss, metrics in (meanflow.mean_flow_loss(net, x, y, 1.0, t=t, r=t.clone(), noise=noise, power=0),
+                          meanflow.flow_matching_loss(lambda z, t, y: net(z, t, y, t), x, y, 1.0, t, noise)):
+        gradients.append((metrics["mse"], *torch.autograd.grad(loss, net.parameters())))
+    (mse, *mean_flow), (flow_mse, *flow) = gradients
+    assert torch.allclose(mse, flow_mse, rtol=1e-6)
+    assert all(torch.allclose(a, b * x[0].numel(), rtol=1e-3, atol=1e-4) for a, b in zip(mean_flow, flow))  # a sum and a mean over a latent
+
+
+def test_bootstrap_has_the_gradient_of_distillation_in_expectation():
+    """E[e - x | z_t] = v, and u - v + (t - r) du/dt is linear in v: so the plain squared error (power 0) has the same mean
+    gradient, over data x and noise e, with the one-point estimate as with the exact teacher. The log (power 1) has not.
+    Trapezoidal sums over x and e, exact to rounding for functions as smooth as these."""
+    x, e = (a.reshape(-1, 1) for a in torch.meshgrid(torch.arange(-50, 51) * times(0.12), torch.arange(-50, 51) * times(0.16), indexing="ij"))
+    weight = mixture(x, times(0.0))[1] * (-e**2 / 2).exp()                                              # (10201, 1)
+    weight, y = weight / weight.sum(), torch.arange(len(x))
+    theta = torch.tensor([0.7, -0.4, 1.3, 0.5, 0.9]).double().repeat(len(x), 1).requires_grad_()        # a copy for each sample
+
+    def student(z, t, y, r):
+        a, b, c, d, f = theta[y].unbind(1)
+        return ((a * z[:, 0] + b * t).sin() + c * t * z[:, 0] + d * r * z[:, 0] ** 2 + f * (t - r))[:, None]
+    for t, r in ((0.9, 0.2), (0.5, 0.0), (0.7, 0.7)):
+        for power, same in ((0, True), (1, False)):
+            mean = []
+            for teacher in (mixture_v, None):
+                t_, r_ = times(t).expand(len(x)), times(r).expand(len(x))
+                loss, _ = meanflow.mean_flow_loss(student, x, y, 1.0, teacher, t=t_, r=r_, noise=e, power=power)
+                mean.append((len(x) * weight * torch.autograd.grad(loss, theta)[0]).sum(0))
+            assert relative(*mean) < 1e-12 if same else relative(*mean) > 0.05
 
 
 def test_mean_flow_times_and_share():
     t, r = meanflow.mean_flow_times(torch.rand(2, 10_000), torch.arange(10_000) % 4 == 0, 5.0)
     assert (r <= t).all() and (r < t).float().mean() == 0.25 and 0 <= r.min() and t.max() <= 1
     assert 0.72 < (t[::4].mean() + r[::4].mean()) / 2 < 0.77  # the mean of 5 t / (1 + 4 t) is 1.25 - 5/16 log 5 = 0.747
+    assert torch.equal(t[1::4], r[1::4]) and abs(t[1::4].mean() - t[::4].mean()) < 0.03  # r = t keeps the later of the two times
+    seen, x = [], torch.zeros(1000, 1)  # times that are not given are drawn with the same shift and share
+    meanflow.mean_flow_loss(lambda z, t, y, r: seen.append((t, r)) or z, x, x, 1e3, gap_share=0.4)
+    meanflow.flow_matching_loss(lambda z, t, y: seen.append((t, t)) or z, x, x, 1e3)
+    assert [len(t) for t, r in seen[1:]] == [1000, 1000] and all(t.mean() > 0.97 for t, r in seen) and 300 < len(seen[0][0]) < 500
     samples = train.Samples("distill", 0, torch.zeros(50, 1), torch.zeros(50), 10, 32, (1,))
     assert sum(samples[n]["keep_gap"] for n in range(400)) == 100
 
 
-def test_one_label_a_sample_in_every_evaluation():
-    """The published code drops labels again in each copy of the finite difference."""
-    calls, net = [], small_dit(True)
-    y = torch.tensor([3, 10, 7, 10])
+@pytest.mark.parametrize("derivative, copies", (("jvp", 1), ("fd", 2)))
+def test_evaluations_of_a_mean_flow_step(derivative, copies):
+    """The teacher once, du/dt without a graph and for the samples with r < t alone, the student once; a label a sample in
+    all of them. The published code differentiates all samples with a graph, and drops labels again in each copy."""
+    calls, y, t = [], torch.arange(200) % 11, torch.full((200,), 0.8)
+    some = torch.arange(200) % 4 == 0
 
-    def recorded(z, t, y, r=None):
-        calls.append(y.clone())
-        return net(z, t, y, t if r is None else r)
-    x, t = torch.randn(4, 8, 4, 4), torch.full((4,), 0.8)
-    meanflow.mean_flow_loss(recorded, x, y, 1.0, teacher=recorded, derivative="fd", t=t, r=t / 2)
-    assert [c.tolist() for c in calls] == [y.tolist(), y.tolist() * 2, y.tolist()]
-
-
-@pytest.mark.parametrize("solver, order", (("euler", 1), ("heun", 2)))
-def test_solver_order_and_number_of_evaluations(solver, order):
-    noise, y = latents(8)
-    calls = []
-    counted = lambda z, t, y: calls.append(float(t[0])) or exact_v(z, t, y)
-    errors = []
-    for steps in (40, 80):
+    def spy(name, net):
+        return lambda z, t, y, *r: calls.append((name, torch.is_grad_enabled(), y.tolist())) or net(z, t, y, *r)
+    student, teacher, x = small_dit(True), small_dit(), torch.randn(200, 8, 4, 4)
+    loss, _ = meanflow.mean_flow_loss(spy("student", student), x, y, 1.0, spy("teacher", teacher), derivative, t=t, r=torch.where(some, t / 2, t))
+    assert calls == [("teacher", False, y.tolist()), ("student", False, y[some].tolist() * copies), ("student", True, y.tolist())]
+    for share in (0.0, 1.0):
         calls.clear()
-        trajectory, times = meanflow.solve_flow(counted, noise, y, steps, 3.0, solver)
-        errors.append(relative(trajectory[-1], noise * SIGMA))
-        assert len(calls) == steps * order and len(trajectory) == len(times) == steps + 1
-    assert times[0] == 1 and times[-1] == 0 and calls[0] == 1  # never evaluated beyond its interval
-    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
-    last, _ = meanflow.solve_flow(counted, noise, y, 80, 3.0, solver, last_only=True)
-    assert torch.equal(last[-1], trajectory[-1])
+        meanflow.mean_flow_loss(spy("student", student), x, y, 1.0, derivative=derivative, gap_share=share)
+        assert [len(labels) for _, _, labels in calls] == [200 * copies] * (share == 1) + [200]
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_mid_training_targets_carry_the_times_that_were_stepped_through():
-    """The published code labels the shifted nodes linspace(0, 1): its error does not go away with smaller steps."""
-    noise, y = latents(16)
+@both_flows
+@pytest.mark.parametrize("solver, order", (("euler", 1), ("heun", 2)))
+def test_solver_order_and_number_of_evaluations(solver, order, v, u):
+    noise, y = latents(8)
+    data = exact_data(u, noise)
+    calls = []
+    counted = lambda z, t, y: calls.append(float(t[0])) or v(z, t, y)
     errors = []
-    for points in (17, 65, 257):
-        _, metrics = meanflow.mid_training_loss(exact_u, exact_v, noise, y, alpha=6.93, num_points=points, num_pairs=512)
-        errors.append(float(metrics["mse"]))
-    assert errors[1] < errors[0] / 8 and errors[2] < errors[1] / 8  # squared error of a first-order method: 1/16
-    seen = []
-    spy = lambda z, t, y, r: seen.append((t, r)) or exact_u(z, t, y, r)
-    meanflow.mid_training_loss(spy, exact_v, noise, y, alpha=6.93, pairs=torch.tensor([[0, 135]] * 16))
-    t, r = seen[0]
-    nodes = meanflow.shift_time(torch.linspace(1, 0, 17, dtype=torch.float64), 6.93)
-    assert torch.equal(t[:2], nodes[[0, 15]]) and torch.equal(r[:2], nodes[[1, 16]]) and r[1] == 0
+    for steps in (50, 100):
+        calls.clear()
+        trajectory, nodes = meanflow.solve_flow(counted, noise, y, steps, 3.0, solver)
+        errors.append(relative(trajectory[-1], data))
+        assert len(calls) == steps * order and len(trajectory) == len(nodes) == steps + 1
+    assert nodes[0] == 1 and nodes[-1] == 0 and calls[0] == 1 and torch.equal(trajectory[0], noise)
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
+    last, _ = meanflow.solve_flow(counted, noise, y, 100, 3.0, solver, last_only=True)
+    assert torch.equal(last, trajectory[-1:])
 
 
-def test_sampling_in_any_number_of_steps_lands_on_the_same_data():
+@both_flows
+@pytest.mark.parametrize("solver, order", (("euler", 1), ("heun", 2)))
+def test_mid_training_targets_are_as_exact_as_the_trajectory(solver, order, v, u):
+    """The published code labels the shifted nodes linspace(0, 1): its error does not go away with smaller steps."""
+    noise, y = latents(4)
+    errors = []
+    for points in (33, 65):
+        pairs = torch.arange(points * (points - 1) // 2).expand(4, -1)
+        errors.append(float(meanflow.mid_training_loss(u, v, noise, y, 3.0, points, pairs=pairs, solver=solver)[1]["mse"]))
+    assert abs(math.log2(errors[0] / errors[1]) / 2 - order) < 0.15 and errors[1] < 1e-3
+
+
+def test_mid_training_pairs_carry_the_times_that_were_stepped_through():
     noise, y = latents(16)
+    y, seen = torch.arange(16), []
+    student = lambda z, t, y, r: seen.append((z, t, y, r)) or torch.zeros_like(z)
+    meanflow.mid_training_loss(student, gaussian_v, noise, y, 6.93, pairs=torch.tensor([[0, 135]] * 16))
+    z, t, labels, r = seen[0]
+    trajectory, nodes = meanflow.solve_flow(gaussian_v, noise, y, 16, 6.93)
+    assert torch.equal(nodes, meanflow.shift_time(torch.linspace(1, 0, 17, dtype=torch.float64), 6.93))
+    assert torch.equal(t, nodes[[0, 15] * 16]) and torch.equal(r, nodes[[1, 16] * 16]) and r[1] == 0
+    assert torch.equal(z, trajectory[[0, 15]].transpose(0, 1).flatten(0, 1)) and labels.tolist() == [i // 2 for i in range(32)]
+    for _ in range(2):  # drawn pairs
+        meanflow.mid_training_loss(student, gaussian_v, noise, y, 6.93)
+    (_, t, labels, r), (_, t2, _, _) = seen[1:]
+    assert len(t) == 16 * 64 and (t > r).all() and not torch.equal(t, t2) and len(set(zip(t.tolist(), r.tolist()))) > 100
+
+
+@both_flows
+def test_sampling_in_any_number_of_steps_lands_on_the_same_data(v, u):
+    noise, y = latents(16)
+    data = exact_data(u, noise)
     for steps in (1, 2, 5):
         calls = []
-        got = meanflow.sample(lambda *a: calls.append(1) or exact_u(*a), noise, y, steps)
-        assert relative(got, noise * SIGMA) < 1e-12 and len(calls) == steps
-    with pytest.raises(ValueError, match="at least 1"):
-        meanflow.sample(exact_u, noise, y, 0)
+        got = meanflow.sample(lambda *a: calls.append(1) or u(*a), noise, y, steps)
+        assert relative(got, data) < 1e-11 and len(calls) == steps
+    for sampler in (meanflow.sample, lambda *a: meanflow.solve_flow(*a, alpha=1)):
+        with pytest.raises(ValueError, match="at least 1"):
+            sampler(u, noise, y, 0)
 
 
 def test_autocast_keeps_the_students_gradient():
@@ -680,6 +836,38 @@ def test_resume_is_bitwise(stage, photographs, trained, tmp_path, monkeypatch):
     assert losses(tmp_path, stage) == losses(trained, stage)
     in_process(monkeypatch, *command)  # complete: nothing happens
     assert losses(tmp_path, stage) == losses(trained, stage)
+
+
+def test_mid_training_reads_and_encodes_no_image(trained, tmp_path, monkeypatch):
+    """The published code encodes images of which it uses only the shape."""
+    copy_inputs(trained, tmp_path, "rae", "flow")
+    for owner, name in ((train, "load_data"), (train, "in_batches"), (rae.Encoder, "forward")):
+        monkeypatch.setattr(owner, name, None)
+    in_process(monkeypatch, "--toy", "--out", tmp_path, "--stage", "mid", *TINY)
+    assert losses(tmp_path, "mid") == losses(trained, "mid")
+
+
+def test_labels_are_dropped_once_a_sample(photographs, trained, tmp_path, monkeypatch):
+    """The published code drops labels twice, the second time independently in each copy of the finite difference."""
+    copy_inputs(trained, tmp_path, "rae", "flow", "mid")
+    embed, draw, seen, drawn = dit.ClassEmbedding.forward, train.Samples.__getitem__, [], []
+    monkeypatch.setattr(dit.ClassEmbedding, "forward", lambda self, y: seen.append(y.tolist()) or embed(self, y))
+    monkeypatch.setattr(train.Samples, "__getitem__", lambda self, n: drawn.append(draw(self, n)) or drawn[-1])
+    in_process(monkeypatch, "--toy", "--data", photographs, "--out", tmp_path, "--stage", "distill", *TINY, "--batch_size", 100, "--steps", 1, "--derivative", "fd")
+    y = [sample["label"] for sample in drawn]
+    assert seen[:3] == [y, y[3::4] * 2, y] and 3 in y  # the teacher, both sides of the difference where r < t, the student
+
+
+def test_steps_are_evaluations_of_the_network(trained, tmp_path, monkeypatch):
+    """The published sampler's 50 steps are 49 evaluations."""
+    forward, seen = dit.DiTDH.forward, []
+    monkeypatch.setattr(dit.DiTDH, "forward", lambda self, *inputs: seen.append(len(inputs[0])) or forward(self, *inputs))
+    for stage, given, steps in (("flow", (), 50), ("flow", ("--steps", 3), 3), ("distill", (), 1), ("distill", ("--steps", 4), 4)):
+        seen.clear()
+        arguments = "sample.py", "--device", "cpu", "--ckpt", trained / f"{stage}.pt", "--num", 2, *given, "--out", tmp_path / "x.png"
+        monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+        sample.main()
+        assert seen == [2] * steps
 
 
 def test_micro_batches_and_processes_follow_the_same_loss(photographs, trained, tmp_path):
