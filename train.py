@@ -20,13 +20,17 @@ import copy
 import json
 import math
 import os
+import resource
 import sys
 import tempfile
 import time
 import warnings
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +42,12 @@ from PIL import Image, ImageDraw
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid
 from dit import MODELS, DiTDH, infer_config
-from meanflow import flow_matching_loss, flow_matching_times, mean_flow_loss, mean_flow_times, mid_training_loss
+from meanflow import expand, flow_matching_loss, flow_matching_times, guided, mean_flow_loss, mean_flow_times, mid_training_loss, solve_flow
 from rae import (DECODERS, DINOV2, RAE, Decoder, Discriminator, Encoder, EncoderPretraining, LatentStatistics, Parser, PerceptualDistance, UserError, at_least,
                  augment, center_crop, discriminator_loss, fetch, load_file, load_rae, one_line, pick_device, rae_from, random_crop, reconstruction_loss,
                  run_main, unpack_rae)
@@ -80,9 +85,9 @@ TOY_CHANNELS = 96      # latent channels of the toy's encoder
 TOY_ALPHA = 2.5        # time shift of the toy, tried out: at 1 the classes are learnt later, and the paper's rule gives 0.6
 TOY_START = dict(class_std=1.0, time_std=None)  # larger than the published 0.02, which learns classes too slowly for ten minutes
 DEFAULTS = dict(lr_end=None, decay="linear", decay_from=0.0, warmup=0.0, clip=1.0, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25, power=1.0,
-                perceptual=0.0, adversarial=0.0, discriminator_from=0.0, gan_from=0.0)
+                perceptual=0.0, adversarial=0.0, discriminator_from=0.0, gan_from=0.0,
+                nodes=17, solver="euler", reuse=1, guidance=1.0, delta=5e-3)  # nodes of a teacher's trajectory in mid: 16 steps
 STARTS_FROM = {"mid": "flow", "distill": "mid", "bootstrap": "distill"}
-NODES = 17             # of a teacher's trajectory in mid: 16 steps
 
 
 def learning_rate(step, c):
@@ -231,6 +236,8 @@ class Samples(Dataset):
     num_uniform: int = 2
     label_drop: float = 0.0
     gap_share: float = 0.25
+    batch_size: int = 1
+    reuse: int = 1                   # noise and label stay for so many steps, as mid's trajectories then do
 
     def __post_init__(self):
         self.stream, self.epoch = zlib.crc32(f"{self.stage} {self.seed}".encode()), None
@@ -245,6 +252,9 @@ class Samples(Dataset):
     def __getitem__(self, n):
         generator = torch.Generator().manual_seed((self.stream + n) % 2**32)
         drop, flip, which, *uniform = torch.rand(3 + self.num_uniform, generator=generator).unbind()
+        if self.reuse > 1:
+            generator.manual_seed((self.stream + n // (self.batch_size * self.reuse) * self.batch_size + n % self.batch_size) % 2**32)
+            drop, flip, which, *_ = torch.rand(3 + self.num_uniform, generator=generator).unbind()
         sample = dict(noise=torch.randn(self.noise_shape, generator=generator), uniform=torch.stack(uniform), bad="",
                       keep_gap=math.floor((n + 1) * self.gap_share) > math.floor(n * self.gap_share))
         if self.images is None:
@@ -297,7 +307,8 @@ def resolve(stage, args):
     """The stage's configuration: the table's row, then the flags that were given."""
     c = DEFAULTS | (TOY[stage] if args.toy else PAPER[stage] | (PAPER_512.get(stage, {}) if args.resolution >= 512 else {}))
     c["steps"] *= PHOTOGRAPHS if args.toy and args.data else 1
-    c |= {key: getattr(args, key) for key in ("batch_size", "steps", "lr", "perceptual", "adversarial") if getattr(args, key) is not None}
+    c |= {key: getattr(args, key) for key in ("batch_size", "steps", "lr", "perceptual", "adversarial", "nodes", "solver", "reuse", "guidance",
+                                             "gap_share", "power", "delta") if getattr(args, key) is not None}
     c |= dict(stage=stage, toy=args.toy, resolution=32 if args.toy else args.resolution, model=args.model or ("toy" if args.toy else "XL"))
     c |= {key: getattr(args, key) for key in ("seed", "data", "encoder", "init", "teacher", "rae", "derivative", "precision")}
     if c["model"] not in (DECODERS if stage in ("encoder", "rae") else MODELS):
@@ -318,12 +329,20 @@ def missing(stage, flag, out):
 
 
 def load_role(path, flag, average_velocity):
-    """A network for a role: the teacher has a velocity, the student an average velocity. -> (network, file's content)"""
+    """A network for a role: the teacher has a velocity, the student an average velocity (None: either). -> (network, file's content)"""
     network, content = load_network(path)
-    if (network.r_embedder is not None) != average_velocity:
+    if average_velocity is not None and (network.r_embedder is not None) != average_velocity:
         needed = "average velocity (a checkpoint of mid, distill or bootstrap)" if average_velocity else "velocity (a checkpoint of flow)"
         raise UserError(f"{flag} {path}: holds {'an average' if network.r_embedder is not None else 'a'} velocity, needed is {needed}")
     return network, content
+
+
+def student_of(teacher):
+    """A student that starts as its teacher: all its weights, and a time-gap embedding without effect."""
+    state = teacher.state_dict()
+    student = DiTDH(**infer_config(state) | dict(average_velocity=True))
+    student.load_state_dict(student.state_dict() | state)
+    return student
 
 
 def build_autoencoder(stage, args, model, out, classes):
@@ -356,16 +375,15 @@ def build_flow(stage, args, c, out, classes):
         teacher, content = load_role(path or fetch("teacher", args.resolution, "--teacher"), "--teacher", average_velocity=False)
     trained = None
     if args.init != "none":
-        if stage == "mid":  # the student starts as its teacher: all weights, and a time-gap embedding without effect
-            source = load_role(args.init, "--init", average_velocity=False)[0] if args.init else teacher
-            state = source.state_dict()
-            trained = DiTDH(**infer_config(state) | dict(average_velocity=True))
-            trained.load_state_dict(trained.state_dict() | state)
+        if stage == "mid":
+            trained = student_of(load_role(args.init, "--init", average_velocity=False)[0] if args.init else teacher)
         elif stage != "flow" or args.init:
             path = checkpoint_of(STARTS_FROM.get(stage), "--init", args.init, out)
             if path is None:
                 raise missing(STARTS_FROM[stage], "--init", out)
-            trained, content = load_role(path, "--init", average_velocity=stage != "flow")
+            trained, content = load_role(path, "--init", average_velocity=None if args.init and stage != "flow" else stage != "flow")
+            if stage != "flow" and trained.r_embedder is None:  # without mid-training, the paper's "flow start": a baseline
+                trained = student_of(trained)
 
     options = dict(with_encoder=stage != "mid", encoder_weights=args.encoder_weights)
     path = checkpoint_of("rae", "--rae", args.rae, out)
@@ -397,6 +415,15 @@ def save(content, path):
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def evaluated(net, device, precision):
+    """A network as the losses call it: evaluated in the chosen precision, answering in float32."""
+    def call(*inputs):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            result = net(*inputs)
+        return result.float() if isinstance(result, torch.Tensor) else result
+    return call
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -464,19 +491,14 @@ def train(stage, args, data):
         log_path.write_text("".join(line + "\n" for line in [*lines, json.dumps(dict(config=c, start=start, command=sys.argv, torch=torch.__version__))]))
     wandb_run = start_wandb(args, c) if args.wandb and rank == 0 else None
 
-    # Networks as the losses call them: evaluated in the chosen precision, answering in float32.
-    def in_precision(net):
-        def call(*inputs):
-            with torch.autocast(device.type, torch.bfloat16, enabled=c["precision"] == "bf16"):
-                result = net(*inputs)
-            return result.float() if isinstance(result, torch.Tensor) else result
-        return call
-
+    in_precision = partial(evaluated, device=device.type, precision=c["precision"])
     wrapped, d_wrapped = torch.compile(trained) if args.compile else trained, discriminator
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
         d_wrapped = discriminator and DistributedDataParallel(discriminator, broadcast_buffers=False)
     student, teacher, perceptual = in_precision(wrapped), teacher and in_precision(teacher), perceptual and in_precision(perceptual)
+    if teacher and c["guidance"] != 1:
+        teacher = guided(teacher, c["guidance"], null=len(classes))
     if stage != "encoder":
         encode = in_precision(rae.encoder if stage == "rae" else rae.encode)
 
@@ -487,13 +509,14 @@ def train(stage, args, data):
             data.latents = torch.cat([z.cpu() for z in in_batches(images, c["resolution"], device, encode, "encode")])
         images = data.latents                                       # (N, C, G, G)
     samples = Samples(stage, args.seed, images, data and data.labels, len(classes), c["resolution"], tuple(noise_shape),
-                      dict(mid=c.get("pairs"), rae=13).get(stage, 2), 0.0 if stage in ("encoder", "rae") else c["label_drop"], c["gap_share"])
+                      dict(mid=c.get("pairs"), rae=13).get(stage, 2), 0.0 if stage in ("encoder", "rae") else c["label_drop"], c["gap_share"],
+                      c["batch_size"], c["reuse"])
     numbers = (range(first, first + micro) for step in range(start, c["steps"]) for first in
                range(step * c["batch_size"] + rank * share, step * c["batch_size"] + (rank + 1) * share, micro))
     workers = args.workers if isinstance(images, list) else 0
     batches = iter(DataLoader(samples, batch_sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
 
-    bad, named, step, clock, logged = set(), set(), start, time.perf_counter(), (start, time.perf_counter())
+    solved, bad, named, step, clock, logged = {}, set(), set(), start, time.perf_counter(), (start, time.perf_counter())
     bar = tqdm(total=c["steps"], initial=start, desc=stage, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10)
     while step < c["steps"]:
         judged, opposed = (discriminator and step >= c[share] * c["steps"] for share in ("discriminator_from", "gan_from"))
@@ -523,12 +546,14 @@ def train(stage, args, data):
             elif stage == "flow":
                 loss, metrics = flow_matching_loss(student, x, y, alpha, flow_matching_times(batch["uniform"][:, 0], alpha), noise)
             elif stage == "mid":
-                pairs = (batch["uniform"] * (NODES * (NODES - 1) // 2)).long()                      # (B, pairs)
-                loss, metrics = mid_training_loss(student, teacher, noise, y, alpha, NODES, c["pairs"], pairs)
+                pairs = (batch["uniform"] * (c["nodes"] * (c["nodes"] - 1) // 2)).long()            # (B, pairs)
+                if step % c["reuse"] == 0 or first not in solved:
+                    solved[first] = solve_flow(teacher, noise, y, c["nodes"] - 1, alpha, c["solver"])
+                loss, metrics = mid_training_loss(student, teacher, noise, y, alpha, c["nodes"], pairs=pairs, trajectory=solved[first])
             else:
                 t, r = mean_flow_times(batch["uniform"].T, batch["keep_gap"], alpha)                # (B,), (B,) on the CPU
                 loss, metrics = mean_flow_loss(student, x, y, alpha, teacher if stage == "distill" else None, args.derivative,
-                                               t=t, r=r, noise=noise, power=c["power"])
+                                               c["delta"], t, r, noise, power=c["power"])
             (loss * micro / share).backward()
             if judged:
                 d_loss, d_metrics = discriminator_loss(in_precision(d_wrapped.train()), augment(x, uniform[:, 8:13]), augment(decoded.detach(), uniform[:, 3:8]))
@@ -647,31 +672,35 @@ def toy_report(args, data, num=1000):
             drawn, drawn_labels = make_toy_images(500 if args.dry_run else 10_000, args.seed + 2)  # no stage has seen these
             drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
             classifier = train_classifier(drawn, torch.from_numpy(drawn_labels), len(names), 2 if args.dry_run else 250, device)
-    rae = load_rae(Path(args.out) / "rae.pt", device)
-    features = lambda images: rae.features(images.to(device).float() / 255)
-    measure = lambda images: fid.feature_statistics(features, images, batch_size=500, extractor="toy encoder")
-    reference = measure(real)
-    decoded = torch.cat([to_uint8(z) for z in in_batches(real, 32, device, lambda x: rae.decode(rae.encode(x)).clamp(0, 1).cpu(), "decode")])
-    rows = [dict(name="real images, held out", steps="", images=real, labels=real_labels), dict(name="their reconstructions", steps="", images=decoded, labels=real_labels)]
-    for stage, all_steps in (("flow", (25, 4, 1)), ("mid", (1, 2)), ("distill", (1, 2)), ("bootstrap", (1, 2))):
-        network, content = load_network(out / f"{stage}.pt")
-        network.to(device)
+    say = lambda text: tqdm.write(text, file=sys.stdout)
+    say(f"\n{'':24} {'steps':>5} {'Frechet distance':>17} {'class agreement':>16} {'s per 1000':>11}")
+    rows = []
+    def add(name, steps, images, labels, rae, seconds=None):
+        measure = lambda images: fid.feature_statistics(lambda x: rae.features(x.to(device).float() / 255), images, batch_size=500)
+        guess = torch.cat([classifier(x.to(device).float() / 255).argmax(1).cpu() for x in images.split(500)])
+        frechet = fid.frechet_distance(*(moment for s in (measure(images), measure(real)) for moment in (s.mean, s.covariance)))
+        rows.append(dict(name=name, steps=steps, images=images, labels=labels, frechet=frechet, agreement=(guess == labels).float().mean().item(), seconds=seconds))
+        say(f"{name:24} {steps:>5} {frechet:17.3f} {rows[-1]['agreement']:15.1%} " + (f"{seconds * 1000 / num:11.1f}" if seconds else ""))
+
+    checkpoints = [(path, path) for path in args.report or []]
+    if not args.report:
+        rae = load_rae(out / "rae.pt", device)
+        decoded = torch.cat([to_uint8(z) for z in in_batches(real, 32, device, lambda x: rae.decode(rae.encode(x)).clamp(0, 1).cpu(), "decode")])
+        add("real images, held out", "", real, real_labels, rae)
+        add("their reconstructions", "", decoded, real_labels, rae)
+        checkpoints = [(f"student after {stage}" if stage != "flow" else "teacher", out / f"{stage}.pt") for stage in ("flow", "mid", "distill", "bootstrap")]
+    for name, path in checkpoints:
+        network, content = load_network(path)
+        network, rae = network.to(device), load_rae(path, device)
         labels = (torch.arange(num) % len(names)).to(device)
         noise = noise_of(args.seed, range(num), (network.in_channels, network.input_size, network.input_size)).to(device)
-        for steps in all_steps:
+        for steps in (1, 2) if network.r_embedder is not None else (25, 4, 1):
             clock = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 images = torch.cat([to_uint8(generate(network, rae, n, y, steps, content["alpha"]).float()).cpu() for n, y in zip(noise.split(250), labels.split(250))])
-            rows.append(dict(name="teacher" if stage == "flow" else f"student after {stage}", steps=steps, images=images, labels=labels.cpu(),
-                             seconds=time.perf_counter() - clock))
-    say = lambda text: tqdm.write(text, file=sys.stdout)
-    say(f"\n{'':24} {'steps':>5} {'Frechet distance':>17} {'class agreement':>16} {'s per 1000':>11}")
-    for row in rows:
-        guess = torch.cat([classifier(x.to(device).float() / 255).argmax(1).cpu() for x in row["images"].split(500)])
-        row["agreement"] = (guess == row["labels"]).float().mean().item()
-        row["frechet"] = fid.frechet_distance(*(moment for s in (measure(row["images"]), reference) for moment in (s.mean, s.covariance)))
-        say(f"{row['name']:24} {row['steps']:>5} {row['frechet']:17.3f} {row['agreement']:15.1%} "
-            + (f"{row['seconds'] * 1000 / num:11.1f}" if "seconds" in row else ""))
+            add(name, steps, images, labels.cpu(), rae, time.perf_counter() - clock)
+    if args.report:
+        return
     (out / "report.json").write_text(json.dumps([{k: v for k, v in row.items() if k not in ("images", "labels")} for row in rows], indent=1))
 
     shown = [rows[0], rows[1], rows[2], rows[4], rows[5], rows[7], rows[9]]                     # two rows of a class a column, each
@@ -690,6 +719,108 @@ def toy_report(args, data, num=1000):
     labelled.save(out / "comparison.png")
     say(f"\nFrechet distance: in the encoder's features, to {len(real)} held-out images. Agreement: a classifier that no stage has seen.\n"
         f"{out / 'comparison.png'} shows them side by side; {out / 'report.json'} holds the table.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --bench: what a step costs, beside the form of the same step that the published code has
+
+def published_mean_flow_loss(student, x, y, alpha, teacher, t, r, noise, delta=5e-3):
+    """E5 as published: all samples, three copies of each with a graph, most of which is then thrown away. For --bench alone."""
+    z, v = (1 - expand(t, x)) * x + expand(t, x) * noise, noise - x
+    v = v if teacher is None else teacher(z, t, y)
+    u, after, before = student(torch.cat([z, z + delta * v, z - delta * v]), torch.cat([t, t + delta, t - delta]), y.repeat(3), r.repeat(3)).chunk(3)
+    target = (v - expand(t - r, x) * (after - before) / (2 * delta)).detach()
+    return ((u - target).square().flatten(1).sum(1) + 1e-3).log().mean()
+
+
+def bench_step(stage, form, args):
+    """-> (a function that does one optimiser step on synthetic latents, samples a step). form: "ours" or "published"."""
+    c, device = resolve(stage, args), torch.device(args.device)
+    grid, channels = (4, TOY_CHANNELS) if args.toy else (args.resolution // 16, 768)
+    torch.manual_seed(0)
+    make = lambda average: DiTDH(grid, channels, num_classes=1000, average_velocity=average, **MODELS[c["model"]]).to(device)
+    trained, teacher = make(stage != "flow").train(), make(False).requires_grad_(False) if stage in ("mid", "distill") else None
+    trained.checkpointing = args.checkpointing
+    ema = copy.deepcopy(trained).requires_grad_(False)
+    weights, ema_weights = list(trained.parameters()), list(ema.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=c["lr"], betas=c["betas"], weight_decay=0, fused=True)
+    student, teacher = (net and evaluated(torch.compile(net) if args.compile else net, device.type, c["precision"]) for net in (trained, teacher))
+    num, alpha = c["batch_size"], 6.93
+    x, noise, y = *torch.randn(2, num, channels, grid, grid, device=device), torch.randint(1000, (num,), device=device)
+    t, r = mean_flow_times(torch.rand(2, num), torch.arange(num) % 4 == 3, alpha)               # (num,), (num,): a quarter has r < t
+    pairs = torch.randint(136, (num, c.get("pairs", 1)), device=device)
+
+    def step():
+        if stage == "flow":
+            loss = flow_matching_loss(student, x, y, alpha, t, noise)[0]
+        elif stage == "mid":
+            loss = mid_training_loss(student, teacher, noise, y, alpha, pairs=pairs)[0]
+        elif form == "ours":
+            loss = mean_flow_loss(student, x, y, alpha, teacher, args.derivative, t=t, r=r, noise=noise)[0]
+        else:
+            loss = published_mean_flow_loss(student, x, y, alpha, teacher, t.to(device), r.to(device), noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, c["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(ema_weights, [w.detach() for w in weights], 1 - c["ema"])
+    return step, num * c.get("pairs", 1)
+
+
+def bench_memory(stage, form, args):
+    """Peak memory in GB, of two steps in a process of their own: (in all, above the networks, the moments and the EMA)."""
+    step, _ = bench_step(stage, form, args)
+    if args.device == "cpu":
+        torch.set_num_threads(1)                                                                # threads keep memory of their own
+        resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+        before = resident()
+        step()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    before = torch.cuda.memory_allocated() / 2**30
+    step()
+    return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30 - before
+
+
+def bench(args):
+    """Milliseconds, images/s, memory and FLOP/s of a step, ours and the published form in turn; the last line is JSON."""
+    device, sync = torch.device(args.device), torch.cuda.synchronize if args.device != "cpu" else lambda: None
+    def seconds(function):
+        sync()
+        clock = time.perf_counter()
+        function()
+        sync()
+        return time.perf_counter() - clock
+    size, dtype = (1024 if args.device == "cpu" else 8192), torch.bfloat16 if args.precision == "bf16" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    peak = 2 * size**3 / min(seconds(lambda: a @ a) for _ in range(20)) / 1e12
+    say = lambda text: tqdm.write(text, file=sys.stdout)
+    say(f"{args.model or ('toy' if args.toy else 'XL')}, {'toy' if args.toy else args.resolution}, {args.precision}, {args.device}, matrix product of {size}: {peak:.2f} TFLOP/s\n")
+    say(f"{'stage':10} {'form':10} {'ms/step':>9} {'images/s':>9} {'peak GB':>8} {'of a step':>10} {'TFLOP/s':>8} {'of peak':>8} {'time x':>7} {'memory x':>9}")
+    rows = []
+    for stage in [args.stage] if args.stage else ["flow", "mid", "distill", "bootstrap"]:
+        forms = ["ours", "published"] if stage in ("distill", "bootstrap") else ["ours"]
+        steps = {form: bench_step(stage, form, args) for form in forms}
+        flops, times = {}, {form: [] for form in forms}
+        for form in forms:
+            with FlopCounterMode(display=False) as counter:
+                steps[form][0]()
+            flops[form] = counter.get_total_flops()
+        for _ in tqdm(range(args.steps or 10), desc=stage, leave=False):
+            for form in forms:                                      # in turn, so that a slow minute slows both
+                times[form].append(seconds(steps[form][0]))
+        samples = steps["ours"][1]
+        del steps
+        for form in forms:
+            with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+                total, above = fresh.submit(bench_memory, stage, form, args).result()
+            second = float(np.median(times[form]))
+            rows.append(dict(stage=stage, form=form, ms=1000 * second, images_per_s=samples / second, peak_GB=total, step_GB=above, tflops=flops[form] / second / 1e12))
+            ratios = dict(time_ratio=second / (rows[-2]["ms"] / 1000), memory_ratio=rows[-2]["step_GB"] / above) if form == "published" else {}
+            rows[-1] |= dict(share_of_peak=rows[-1]["tflops"] / peak, **ratios)
+            say(f"{stage:10} {form:10} {1000 * second:9.1f} {samples / second:9.1f} {total:8.2f} {above:10.2f} {rows[-1]['tflops']:8.3f} {rows[-1]['share_of_peak']:8.1%}"
+                + "".join(f" {ratios[k]:{w}.2f}" for k, w in (("time_ratio", 7), ("memory_ratio", 9)) if ratios))
+    say(json.dumps(dict(device=args.device, model=args.model, batch_size=args.batch_size, precision=args.precision, derivative=args.derivative, compile=args.compile,
+                        matmul_tflops=peak, torch=torch.__version__, rows=rows)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -748,6 +879,13 @@ def parse_arguments():
     how.add_argument("--lr", type=float, help="peak learning rate")
     how.add_argument("--derivative", choices=("jvp", "fd"), default="jvp", help="du/dt: exact, or central difference (default jvp)")
     how.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32; on a CPU that is fast at it, bf16)")
+    how.add_argument("--delta", type=non_negative, help="step of the central difference (default 0.005)")
+    how.add_argument("--gap_share", type=non_negative, help="share of samples with r < t (default 0.25)")
+    how.add_argument("--power", type=non_negative, help="of the adaptive weighting: 1 is log L, 0 the plain squared error (default 1; toy 0)")
+    how.add_argument("--nodes", type=at_least(3), help="points of a teacher's trajectory in mid (default 17)")
+    how.add_argument("--solver", choices=("euler", "heun"), help="of these trajectories; heun evaluates the teacher twice a step (default euler)")
+    how.add_argument("--reuse", type=at_least(1), help="steps of mid that use the same trajectories, with new pairs (default 1)")
+    how.add_argument("--guidance", type=non_negative, help="classifier-free guidance of the teacher in mid and distill (default 1: none)")
     how.add_argument("--perceptual", type=non_negative, help="weight of LPIPS in the stage rae (default 1; 0 leaves it out)")
     how.add_argument("--adversarial", type=non_negative, help="weight of the adversarial loss in the stage rae (default 0.75; 0 leaves it out)")
     how.add_argument("--checkpointing", action="store_true", help="keep no activations inside blocks: less memory, a third more time")
@@ -761,10 +899,16 @@ def parse_arguments():
     watch.add_argument("--sample_every", type=at_least(1), help="steps between pictures (default 2500; with --toy 500)")
     watch.add_argument("--log_every", type=at_least(1), help="steps between lines of the log (default 50; with --toy 10)")
     watch.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    watch.add_argument("--bench", action="store_true", help="train nothing: time and memory of a step, beside the published code's form of it")
+    watch.add_argument("--report", nargs="+", metavar="CKPT", help="with --toy: train nothing, print the table's rows of these checkpoints")
     watch.add_argument("--dry_run", action="store_true", help="one step of everything, written to a temporary folder and deleted")
     args = parser.parse_args()
 
-    if not args.stage and not args.toy:
+    if args.report and not args.toy:
+        raise UserError("--report: needs --toy; sample.py and fid.py score other checkpoints")
+    if args.bench and args.stage in ("encoder", "rae"):
+        raise UserError(f"--bench: measures flow, mid, distill and bootstrap, not {args.stage}")
+    if not (args.stage or args.toy or args.bench):
         raise UserError("give --stage, or --toy for all stages on a CPU (see --help)")
     if args.stage == "encoder" and not args.toy:
         raise UserError("--stage encoder belongs to --toy; at ImageNet size the encoder is DINOv2, as it is")
@@ -772,6 +916,11 @@ def parse_arguments():
         raise UserError(f"--encoder {args.encoder}: belongs to --stage rae without --toy; later stages use the encoder of their RAE")
     if args.resolution % 16:
         raise UserError(f"--resolution {args.resolution}: must be a multiple of 16")
+    if args.delta == 0:
+        raise UserError("--delta 0: must be positive")
+    for flag in ("gap_share", "power"):
+        if (getattr(args, flag) or 0) > 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
     if args.lr is not None and not args.lr > 0:
         raise UserError(f"--lr {args.lr}: must be positive")
     args.out = args.out or ("out/photographs" if args.data else "out/toy") * args.toy or f"out/{args.resolution}"
@@ -797,6 +946,11 @@ def main():
         torch.backends.cuda.enable_flash_sdp(False)                    # despite the name also the CPU's, slow at few tokens
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    if args.bench:
+        return bench(args)
+    if args.report:
+        args.save_to = args.out
+        return toy_report(args, load_data(args))
     try:
         temporary = tempfile.TemporaryDirectory() if args.dry_run else nullcontext(args.out)
         with temporary as folder:
