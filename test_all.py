@@ -556,6 +556,50 @@ def test_sample_from_checkpoint(trained, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "bare.png").exists()
 
 
+def test_sample_stopped_and_run_again_gives_the_same_bytes_without_repeating_work(trained, tmp_path, monkeypatch, capsys):
+    calls, real = [], sample.generate
+
+    def go(name, *more, stop_after=99):
+        def counted(model, rae, noise, *rest):
+            if len(calls) == stop_after:
+                raise KeyboardInterrupt
+            calls.append(len(noise))
+            return real(model, rae, noise, *rest)
+        calls.clear()
+        monkeypatch.setattr(sample, "generate", counted)
+        files = () if name == "grid" else ("--npz", tmp_path / f"{name}.npz")
+        monkeypatch.setattr(sys, "argv", [*map(str, ("sample.py", "--device", "cpu", "--ckpt", trained / "mid.pt", "--num", 11, "--batch_size", 2, *files,
+                                                     "--out", tmp_path / (name if files else "grid.png"), *more))])
+        try:
+            sample.main()
+        except KeyboardInterrupt:
+            pass
+        return sum(calls)
+
+    def content(name):
+        return [path.read_bytes() for path in [tmp_path / f"{name}.npz", *sorted((tmp_path / name).iterdir())]]
+    assert go("whole") == 11 and len(content("whole")) == 12
+    assert go("stopped", stop_after=2) == 4 and not (tmp_path / "stopped.npz").exists()
+    assert go("stopped", "--seed", 1, stop_after=1) == 2  # another command does not go on with it
+    assert go("stopped", "--seed", 0) == 9 and content("stopped") == content("whole")  # the other seven, and two written over
+    assert go("stopped") == 0 and content("stopped") == content("whole") and "all there already" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("stopped.npz.*.partial"))) == 1  # of seed 1
+    data = np.load(tmp_path / "whole.npz")
+    assert sorted(data.files) == ["arr_0", "arr_1"] and data["arr_1"].dtype == np.int64 and fid.open_source(tmp_path / "whole.npz").count == 11
+    assert [np.array_equal(np.asarray(Image.open(path)), image) for path, image in zip(sorted((tmp_path / "whole").iterdir()), data["arr_0"])] == [True] * 11
+    assert (go("grid"), go("grid"), go("grid", "--steps", 2)) == (11, 0, 11)
+
+
+def test_sample_of_two_processes(trained, tmp_path):
+    command = ("sample.py", "--ckpt", trained / "mid.pt", "--num", 9, "--batch_size", 2, "--device", "cpu")
+    for status, output in (run(*command, "--npz", tmp_path / "1.npz", "--out", tmp_path / "1"),
+                           run("torchrun", "--standalone", "--nproc_per_node=2", "--", *command, "--npz", tmp_path / "2.npz", "--out", tmp_path / "2.png")):
+        assert status == 0, output
+    one, two = (np.load(tmp_path / f"{n}.npz") for n in (1, 2))
+    assert np.array_equal(one["arr_1"], two["arr_1"]) and np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    assert len(list((tmp_path / "1").iterdir())) == 9 and (tmp_path / "2.png").exists() and not list(tmp_path.glob("*.partial"))
+
+
 def test_frechet_distance_in_the_encoders_features_by_command_line(photographs, trained, tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", "--ckpt", str(trained / "flow.pt"), "--steps", "1", "--num", "120", "--seed", str(seed),
@@ -569,6 +613,7 @@ def test_frechet_distance_in_the_encoders_features_by_command_line(photographs, 
 def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
     """No such folder, empty folder, text among photographs, one class, wrong stage, cut file, unknown class, ..."""
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.npz").mkdir()
     (tmp_path / "one" / "cat").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "one" / "cat" / "a.png")
     for name in ("a", "b"):
@@ -596,6 +641,8 @@ def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
         ("sample.py", "--ckpt", trained / "rae.pt"): "rae.pt: a checkpoint of the stage rae",
         ("sample.py", "--ckpt", trained / "flow.pt", "--rae", trained / "encoder.pt"): "encoder.pt: holds no RAE",
         ("sample.py", "--ckpt", trained / "mid.pt", "--classes", "unicorn"): "no class 'unicorn' among 3",
+        ("sample.py", "--ckpt", trained / "mid.pt", "--npz", tmp_path / "folder.npz"): "--npz .*folder.npz: is a folder",
+        ("sample.py", "--ckpt", trained / "mid.pt", "--out", tmp_path / "cut.pt"): "--out .*cut.pt: cannot be made",
         ("sample.py", "--ckpt", trained / "mid.pt", "--steps", "0"): "--steps: must be a whole number of at least 1",
         ("rae.py", tmp_path / "text" / "a" / "notes.jpg", "--rae", trained / "rae.pt"): "notes.jpg: not a readable image",
     }
