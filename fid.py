@@ -160,17 +160,18 @@ def gathered(x, group):
         part.copy_(x) if rank == 0 else dist.recv(part, rank, group=group)
     return whole
 
-def measure(extract, batches, name="", keep=(), size=None):
+def measure(extract, batches, name="", keep=(), size=None, alone=False):
     """The one road from images to numbers. extract: uint8 (B, 3, H, W) -> {part: (B, D)}, batches: an iterable of images.
     Returns {part: Statistics}, and {part: features (N, D) in order, on the CPU} for the parts in `keep`. Of several
-    processes each brings its share, and the first gets the whole, in the order of ranks, the others (None, None).
+    processes each brings its share, unless `alone`; the first gets the whole, in the order of ranks, the others (None, None).
     ValueError on images that are not uint8, or not of one size (W, H), and on NaN."""
-    (rank, world), statistics, kept = place(), {}, {part: [] for part in keep}
+    (rank, world), statistics, kept = (0, 1) if alone else place(), {}, {part: [] for part in keep}
     for batch in batches:
-        size = size or tuple(check_images(batch).shape[:1:-1])
-        need(size == batch.shape[:1:-1], f"images: {tuple(batch.shape[:1:-1])} pixels, not {size}; resize all to one size")
+        here = tuple(check_images(batch).shape[:1:-1])
+        size = size or here
+        need(here == size, f"images: {here} pixels, not {size}; resize all to one size")
         with exact(batch.device):
-            outputs = extract(check_images(batch))
+            outputs = extract(batch)
         for part, x in outputs.items():
             if part in keep:
                 kept[part].append(x.cpu())
@@ -191,10 +192,10 @@ def measure(extract, batches, name="", keep=(), size=None):
 
 def feature_statistics(extract, images, batch_size=64, extractor=""):
     """measure() for one kind of features. extract: uint8 (B, 3, H, W) -> (B, D). images: uint8 (N, 3, H, W), cut into
-    batches of batch_size, or an iterable of batches -> Statistics. extractor: its name."""
-    batches = images.split(batch_size) if torch.is_tensor(images) else images
-    statistics, _ = measure(lambda x: dict(pool=extract(x)), batches, extractor)
-    return statistics and statistics["pool"]
+    batches of batch_size, or an iterable of batches -> Statistics. extractor: its name. Of this process's images alone."""
+    statistics, _ = measure(lambda x: dict(pool=extract(x)), images.split(batch_size) if torch.is_tensor(images) else images,
+                            extractor, alone=True)
+    return statistics["pool"]
 
 # --- 3. The scores ----------------------------------------------------------------------------------------------------
 def root(sigma):

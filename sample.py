@@ -5,7 +5,7 @@ Paper: arXiv 2511.13019, one-step and two-step samples in its tables of results.
     python sample.py --ckpt x.pt                                        # grid of 64 images next to the checkpoint
     python sample.py --ckpt x.pt --classes "golden retriever" --num 8   # classes by name or by number
     python sample.py --ckpt x.pt --num 50000 --out samples --npz s.npz  # a folder of PNGs, and a file for fid.py
-    torchrun --nproc_per_node=8 sample.py --ckpt x.pt --num 50000 --npz s.npz       # the same by eight processes
+    torchrun --nproc_per_node=8 -- sample.py --ckpt x.pt --num 50000 --npz s.npz    # the same by eight processes
 
 Image number i is a function of (seed, i) alone: its noise is drawn on the CPU from a generator of its own, and its
 class is i modulo the classes asked for, so that labels are balanced. Neither --batch_size nor --device nor the number of
@@ -33,7 +33,6 @@ from dit import DiTDH, infer_config
 from fid import fingerprint, join_processes, place
 from rae import Parser, UserError, at_least, load_file, load_rae, load_weights, one_line, pick_device, published_rae, run_main, unpack_rae
 
-
 WRITERS = 8  # threads a process that encode and write; with one PNG an image, fewer would keep a fast GPU waiting
 
 
@@ -58,10 +57,11 @@ def to_uint8(images):
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def png_info(settings):
+def save_png(image, path, settings, **how):
+    """With a word on what made it, which settings_of reads."""
     info = PngInfo()
     info.add_text("settings", settings)
-    return info
+    image.save(path, pnginfo=info, **how)
 
 
 def save_grid(images, path, columns=8, settings=""):
@@ -69,7 +69,8 @@ def save_grid(images, path, columns=8, settings=""):
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255)   # (3, height, width)
     scale = max(1, 64 // images.shape[-1])                                                      # small pictures are shown larger
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())                                      # (height, width, 3)
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path, pnginfo=png_info(settings))
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    save_png(image, path, settings)
 
 
 class Store:
@@ -91,9 +92,6 @@ class Store:
             file.flush()
             file.seek(first)
             file.write(b"\1" * len(pixels))
-
-    def done(self):
-        return np.fromfile(self.path, bool, self.num)
 
     def read(self, first, last):
         """-> uint8 array (last - first, S, S, 3), or fewer at the end."""
@@ -125,17 +123,6 @@ def settings_of(path):
             return image.info.get("settings")
     except (OSError, ValueError, zipfile.BadZipFile):
         return None
-
-
-def ahead(function, items, threads, depth=2):
-    """Yield (item, function(item)) in order, computed in threads up to `depth` items before they are asked for."""
-    waiting = deque()
-    for item in items:
-        waiting.append((item, threads.submit(function, item)))
-        if len(waiting) > depth:
-            yield waiting[0][0], waiting.popleft()[1].result()
-    for item, job in waiting:
-        yield item, job.result()
 
 
 def load_network(path):
@@ -243,17 +230,18 @@ def main():
     def write(first, images):
         pixels = images.cpu().permute(0, 2, 3, 1).numpy()                                       # (B, S, S, 3)
         for i, image in enumerate(pixels, first) if as_folder else ():
-            Image.fromarray(image).save(name(i), pnginfo=png_info(settings), compress_level=1)
+            save_png(Image.fromarray(image), name(i), settings, compress_level=1)               # 7% larger, three times as fast
         store.write(first, pixels)
 
     try:
         store = Store(partial, args.num, args.num if npz else 0 if as_folder else min(64, args.num), rae.decoder.patch_size * rae.decoder.config["grid"])
-        done = store.done() & [not as_folder or settings_of(path) == settings for path in outputs]
+        done = np.fromfile(partial, bool, args.num) & [not as_folder or settings_of(path) == settings for path in outputs]
         todo = [first for first in range(0, args.num, args.batch_size)[rank::world] if not done[first:first + args.batch_size].all()]
         with ThreadPoolExecutor(2) as drawers, ThreadPoolExecutor(WRITERS) as writers:
-            writing = deque()
-            for first, noise in ahead(draw, tqdm(todo, desc=f"{steps} step{'s' * (steps > 1)}", unit="batch", disable=rank > 0), drawers):
-                noise = noise.to(args.device)                                                   # (B, C, H, W)
+            drawn, writing = deque(drawers.submit(draw, first) for first in todo[:2]), deque()  # noise two batches ahead, images behind
+            for k, first in enumerate(tqdm(todo, desc=f"{steps} step{'s' * (steps > 1)}", unit="batch", disable=rank > 0)):
+                noise = drawn.popleft().result().to(args.device)                                # (B, C, H, W)
+                drawn.extend(drawers.submit(draw, later) for later in todo[k + 2:k + 3])
                 y = labels[first:first + len(noise)].to(args.device)
                 writing.append(writers.submit(write, first, to_uint8(generate(model, rae, noise, y, steps, alpha))))
                 if len(writing) > 2 * WRITERS:  # the disk is behind: wait, rather than fill the memory
