@@ -6,35 +6,43 @@ distance in the features of DINOv2, of any timm model, or of the RAE's own encod
     python fid.py stats REFERENCE -o reference.npz     # measure once, compare often: reference.npz is a REFERENCE too
 
 SAMPLES, REFERENCE: a folder of images, nested or not; an .npz with arr_0 = uint8 (N, H, W, 3), as sample.py writes it;
-a reference .npz of ADM's evaluation suite; or a file made by `stats`. The file is in the order a score is made in, and
-train.py measures its samples by the same feature_statistics and frechet_distance (through `distance`) as the commands.
+a reference .npz of ADM's evaluation suite; or a file made by `stats`. Under torchrun the processes share the images.
+The file is in the order a score is made in; train.py scores its samples by the same Scorer as the commands.
 """
-import argparse
+import atexit
 import hashlib
 import json
 import logging
 import os
 import sys
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from scipy.linalg import lapack
 from torch.backends import cudnn
 from torchvision.models import Inception3
 from tqdm import tqdm
+
+from rae import Parser, UserError, at_least, load_rae, one_line, pick_device, run_main
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the end of the name is the start of the file's sha256
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
 DINO = "vit_large_patch14_dinov2.lvd142m"  # CLS token at 224, the extractor of Stein et al. 2023, arXiv 2306.04675
 
 def need(condition, message):
-    """How this file refuses: ValueError("what: what is wrong; what to do"), on the command line one line and status 2."""
+    """How this file refuses: "what: what is wrong; what to do", on the command line one line and exit status 2."""
     if not condition:
-        raise ValueError(" ".join(message.split()))
+        raise UserError(" ".join(message.split()))
 
 # --- 1. Inception: torchvision's, with the resize, the pooling and the 1008 outputs of December 2015 ------------------
 def resize_tensorflow1(images, size=299):
@@ -93,91 +101,161 @@ class Statistics:
     update(features (B, D)) adds a batch, merge(other) another process's Statistics; both return self. A batch is centred
     before it is squared, and merged by the rule of Chan et al. 1979, so neither batch size nor order matters beyond
     rounding (1e-12). `extractor` names what made the features. ValueError on NaN, and on another extractor."""
-    def __init__(self, extractor=""):
-        self.extractor, self.count, self.mean, self.scatter = extractor, 0, None, None
+    def __init__(self, extractor="", count=0, mean=None, scatter=None):
+        self.extractor, self.count, self.mean, self.scatter = extractor, count, mean, scatter
 
     def update(self, features):
         x = torch.as_tensor(features).detach()
         x = (x.cpu() if x.device.type == "mps" else x).double()  # (B, D); mps has no float64
         need(x.dim() == 2 and x.isfinite().all(), f"features: {tuple(x.shape)} is not (B, D), or has NaN; check weights")
-        batch = Statistics(self.extractor)
-        batch.count, batch.mean = len(x), x.mean(0)
-        batch.scatter = (x - batch.mean).T @ (x - batch.mean)  # (D, D)
-        return self.merge(batch)
+        mean = x.mean(0)
+        return self.merge(Statistics(self.extractor, len(x), mean, (x - mean).T @ (x - mean)))
 
     def merge(self, other):
         need(self.extractor == other.extractor, f"statistics: {self.extractor} met {other.extractor}; use one extractor")
-        if self.count == 0 or other.count == 0:
-            vars(self).update(vars(other if other.count else self))
-            return self
-        total, delta = self.count + other.count, other.mean.to(self.mean.device) - self.mean
-        between = torch.outer(delta, delta) * (self.count * other.count / total)  # (D, D)
-        self.scatter = self.scatter + other.scatter.to(self.mean.device) + between
-        self.count, self.mean = total, self.mean + delta * (other.count / total)
+        if self.count == 0 and other.count:
+            self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
+        elif other.count:
+            total, delta = self.count + other.count, other.mean.to(self.mean.device) - self.mean
+            self.scatter += other.scatter.to(self.mean.device)
+            self.scatter.addr_(delta, delta, alpha=self.count * other.count / total)
+            self.count, self.mean = total, self.mean + delta * (other.count / total)
         return self
 
     @property
     def covariance(self):
         return self.scatter / (self.count - 1)
 
+@contextmanager
+def exact(device):
+    """No graph and full float32, whatever a training loop has set: no autocast, no TF32. Restores its settings."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+def join_processes():
+    """Under torchrun: meet the other processes, and take the GPU of this one's rank."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        atexit.register(dist.destroy_process_group)
+
+def place():
+    """-> (rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def gathered(x, group):
+    """x (n, ...) on the CPU -> the rows of all processes in the order of their ranks, on the first; None on the others."""
+    counts = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, len(x), group=group)
+    if dist.get_rank():
+        return dist.send(x.contiguous(), 0, group=group)
+    whole = x.new_empty(sum(counts), *x.shape[1:])
+    for rank, part in enumerate(whole.split(counts)):
+        part.copy_(x) if rank == 0 else dist.recv(part, rank, group=group)
+    return whole
+
+def measure(extract, batches, name="", keep=(), size=None, alone=False):
+    """The one road from images to numbers. extract: uint8 (B, 3, H, W) -> {part: (B, D)}, batches: an iterable of images.
+    Returns {part: Statistics}, and {part: features (N, D) in order, on the CPU} for the parts in `keep`. Of several
+    processes each brings its share, unless `alone`; the first gets the whole, in the order of ranks, the others (None, None).
+    ValueError on images that are not uint8, or not of one size (W, H), and on NaN."""
+    (rank, world), statistics, kept = (0, 1) if alone else place(), {}, {part: [] for part in keep}
+    for batch in batches:
+        here = tuple(check_images(batch).shape[:1:-1])
+        size = size or here
+        need(here == size, f"images: {here} pixels, not {size}; resize all to one size")
+        with exact(batch.device):
+            outputs = extract(batch)
+        for part, x in outputs.items():
+            if part in keep:
+                kept[part].append(x.cpu())
+            if part != "logits":
+                statistics.setdefault(part, Statistics(name)).update(x)
+    need(statistics, f"images: none for process {rank}; give at least one to each of the {world}")
+    kept = {part: torch.cat(rows) for part, rows in kept.items() if rows}
+    if world > 1:
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a training loop's own may be of GPUs only
+        kept = {part: gathered(x, group) for part, x in kept.items()}
+        for part, s in statistics.items():
+            shares = [gathered(torch.as_tensor(x)[None].cpu(), group) for x in (s.count, s.mean, s.scatter)]
+            statistics[part] = Statistics(name)
+            for count, mean, scatter in zip(*shares) if rank == 0 else ():
+                statistics[part].merge(Statistics(name, count.item(), mean, scatter))
+        dist.destroy_process_group(group)
+    return (statistics, kept) if rank == 0 else (None, None)
+
 def feature_statistics(extract, images, batch_size=64, extractor=""):
-    """The one road from images to Statistics. extract: uint8 (B, 3, H, W) -> (B, D). images: uint8 (N, 3, H, W), cut into
-    batches of batch_size, or an iterable of batches. extractor: its name. ValueError on other images, or NaN features."""
-    statistics = Statistics(extractor)
-    for batch in images.split(batch_size) if torch.is_tensor(images) else images:  # float32, whatever a training loop set
-        with torch.no_grad(), torch.autocast(batch.device.type, enabled=False), cudnn.flags(enabled=True, allow_tf32=False):
-            statistics.update(extract(check_images(batch)))
-    return statistics
+    """measure() for one kind of features. extract: uint8 (B, 3, H, W) -> (B, D). images: uint8 (N, 3, H, W), cut into
+    batches of batch_size, or an iterable of batches -> Statistics. extractor: its name. Of this process's images alone."""
+    statistics, _ = measure(lambda x: dict(pool=extract(x)), images.split(batch_size) if torch.is_tensor(images) else images,
+                            extractor, alone=True)
+    return statistics["pool"]
 
 # --- 3. The scores ----------------------------------------------------------------------------------------------------
+def root(sigma):
+    """R (D, rank) with R R^T = sigma (D, D), by Cholesky with pivoting: it stops where what is left is rounding, so a
+    covariance that is not of full rank costs no accuracy. (Eigenvectors, scaled by the roots of eigenvalues of 1e-16 that
+    should be 0, are off by 1e-8, and ten times slower.) ValueError where sigma has clearly negative eigenvalues."""
+    tolerance = 50 * np.finfo(float).eps * sigma.diagonal().max()
+    lower, order, rank, _ = lapack.dpstrf((sigma + sigma.T) / 2, tol=tolerance, lower=1)
+    r = np.empty((len(sigma), rank))
+    r[order - 1] = np.tril(lower)[:, :rank]
+    need(np.abs((r ** 2).sum() - np.trace(sigma)) <= 1e-3 * np.trace(sigma), "frechet_distance: a matrix that is not a "
+         "covariance, it has negative eigenvalues; check where it comes from")
+    return torch.from_numpy(r)
+
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), a float >= 0. Means (D,), covariances (D, D).
-    With sigma = R R^T for each, the trace of the square root is the sum of the singular values of R1^T R2. R comes from
-    an eigendecomposition, so a covariance that is not of full rank is no special case (a general matrix square root may
-    fail on one), and rounding errors are not square-rooted. Float64; 2048 dimensions take seconds.
+    The trace of the square root is the sum of the square roots of the eigenvalues of R1^T sigma2 R1, sigma1 = R1 R1^T, a
+    symmetric product; with sigma2 = R2 R2^T those roots are the singular values of R1^T R2, and no rounding error is
+    square-rooted. Float64; 1e-8 relative for any rank; 2048 dimensions take seconds.
     ValueError on shapes that do not match and on NaN. Source: Heusel et al. 2017, arXiv 1706.08500."""
     mu1, sigma1, mu2, sigma2 = moments = [np.asarray(a.cpu() if torch.is_tensor(a) else a, dtype=np.float64)
                                           for a in (mu1, sigma1, mu2, sigma2)]
     need([a.shape for a in moments] == [(mu1.size,), (mu1.size, mu1.size)] * 2, "frechet_distance: shapes "
          f"{[a.shape for a in moments]} are not (D,), (D, D), (D,), (D, D); use one extractor for both")
     need(all(np.isfinite(a).all() for a in moments), "frechet_distance: NaN or infinity; check the features")
-
-    def root(sigma):
-        values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
-        return vectors * np.sqrt(values.clip(min=0))  # (D, D), root root^T = sigma
-    trace = np.linalg.svd(root(sigma1).T @ root(sigma2), compute_uv=False).sum()
+    trace = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum().item()
     return max(float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace), 0.0)
 
 def check_count(count, dims, what):
     need(count > dims, f"{what}: {count} images for {dims} features leave the covariance singular, and the distance "
          f"then measures the number of images; give more than {dims} images, or --features of fewer dimensions")
 
-def distance(a, b):
-    """Frechet distance of two Statistics. ValueError: other extractor, or not more samples than features."""
-    need(a.extractor == b.extractor, f"statistics: {a.extractor} met {b.extractor}; use one extractor")
-    for s in (a, b):
-        check_count(s.count, len(s.mean) if s.count else 0, "statistics")
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-
 def inception_score(logits, split_size=5000):
     """exp of the mean KL(p(y|x), p(y)): logits (N, C) -> (mean over ADM's splits of 5,000 in file order, value over all).
     Images sorted by class put few classes into a split, and the first number collapses: quote the second, or shuffle.
     ValueError on NaN. Source: Salimans et al. 2016, arXiv 1606.03498."""
-    def score(part):
-        logp = part.double().log_softmax(1)  # (n, C)
-        return (logp.exp() * (logp - logp.exp().mean(0).log())).sum(1).mean().exp().item()
     need(logits.isfinite().all(), "inception_score: NaN or infinity among the logits; check the images and the weights")
-    return float(np.mean([score(part) for part in logits.split(split_size)])), score(logits)
+    splits = []  # of each: count, sum of p (C,), sum of p log p
+    for part in logits.split(split_size):
+        logp = part.double().log_softmax(1)  # (n, C)
+        splits.append((len(part), logp.exp().sum(0), (logp.exp() * logp).sum()))
+    def score(parts):
+        count, p, p_log_p = (sum(x) for x in zip(*parts))
+        return (torch.special.entr(p / count).sum() + p_log_p / count).exp().item()
+    return float(np.mean([score([split]) for split in splits])), score(splits)
 
-def precision_recall(samples, reference, k=3, chunk=1000):
+def precision_recall(samples, reference, k=3, chunk=500):
     """(Share of samples in the reference's manifold, share of the reference in the samples'). (N, D), (M, D) -> floats.
     A manifold: balls around all points, each as wide as its point's distance to the k-th nearest other point.
+    Float64, since a comparison near a ball's edge must not turn on the order of a sum.
     ValueError with k points or fewer. Source: Kynkaanniemi et al. 2019, arXiv 1904.06991; k = 3 as ADM."""
     need(min(len(samples), len(reference)) > k, f"precision_recall: {len(samples)} and {len(reference)} points; give more")
-    x, y = samples - reference.mean(0), reference - reference.mean(0)  # same distances, less rounding
-    radii = lambda z: torch.cat([torch.cdist(c, z).kthvalue(k + 1).values for c in z.split(chunk)])  # (N,)
-    inside = lambda z, w, r: torch.cat([(torch.cdist(c, w) <= r).any(1) for c in z.split(chunk)]).double().mean().item()
-    return inside(x, y, radii(y)), inside(y, x, radii(x))
+    x, y = samples.double(), reference.double()
+    radii_x, radii_y = (torch.cat([torch.cdist(part, z).kthvalue(k + 1).values for part in z.split(chunk)]) for z in (x, y))
+    precise, recalled = [], torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for part, radii in zip(x.split(chunk), radii_x.split(chunk)):
+        apart = torch.cdist(part, y)  # (n, M)
+        precise.append((apart <= radii_y).any(1))
+        recalled |= (apart <= radii[:, None]).any(0)
+    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
 
 # --- 4. Extractors: uint8 (B, 3, H, W) -> dict(pool=(B, D)[, spatial, logits]) ----------------------------------------
 def fingerprint(net):
@@ -187,9 +265,15 @@ def fingerprint(net):
         digest.update(tensor.cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:8]
 
+class Extractor(NamedTuple):
+    extract: Callable  # uint8 (B, 3, H, W) -> {part: (B, D)}
+    name: str
+    resize: str  # in words
+    dims: int  # of the part "pool"
+
 def make_extractor(features="inception", weights=None, device="cpu"):
-    """-> (extract, its name, its resize in words). features: inception, dino or a timm name. weights: their file, else
-    they are downloaded; for dino a checkpoint of ours, whose RAE encoder then gives the features. ValueError without."""
+    """-> Extractor. features: inception, dino or a timm name. weights: their file, else they are downloaded; for dino a
+    checkpoint of ours, whose RAE encoder then gives the features. ValueError without."""
     need(not weights or os.path.isfile(weights), f"--weights {weights}: no such file; give the path of a weights file")
     if features == "inception":
         net, path = Inception(), weights or os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
@@ -200,13 +284,14 @@ def make_extractor(features="inception", weights=None, device="cpu"):
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:
             need(False, f"{path}: no such Inception there" + f" or at {INCEPTION_URL}" * (not weights) +
-                 f" ({str(error)[:150]}); give the path of {INCEPTION_FILE} with --weights")
-        return net.to(device), "inception-" + fingerprint(net), "TensorFlow-1 bilinear to 299x299"
+                 f" ({one_line(error)}); give the path of {INCEPTION_FILE} with --weights")
+        if torch.device(device).type == "cpu":
+            net.to(memory_format=torch.channels_last)  # nearly twice as fast there
+        return Extractor(net.to(device), "inception-" + fingerprint(net), "TensorFlow-1 bilinear to 299x299", 2048)
     if features == "dino" and weights:
-        from rae import load_rae
         rae = load_rae(weights, device)
-        name = "rae-encoder-" + fingerprint(rae.encoder)
-        return (lambda x: dict(pool=rae.features(x.float() / 255))), name, "the RAE encoder's own"
+        return Extractor(lambda x: dict(pool=rae.features(x.float() / 255)), "rae-encoder-" + fingerprint(rae.encoder),
+                         "the RAE encoder's own", rae.encoder.shape[0])
     import timm
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it narrates its retries
     name = DINO if features == "dino" else features
@@ -216,16 +301,16 @@ def make_extractor(features="inception", weights=None, device="cpu"):
                                 num_classes=0, **(dict(img_size=224) if name == DINO else {})).eval().to(device)
     except Exception as error:  # the hub's client raises a dozen kinds
         need(False, f"--features {features}: no weights of {name} from {weights or 'the Hugging Face cache or hub'} "
-             f"({str(error)[:150]}); give --features {name} and their file with --weights")
+             f"({one_line(error)}); give --features {name} and their file with --weights")
     config = timm.data.resolve_model_data_config(net)
     size, mode = config["input_size"][1:], "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     mean, std = (torch.tensor(config[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
     def extract(x):
         x = F.interpolate(x.float(), size, mode=mode, antialias=True).round().clamp(0, 255)  # (B, 3, *size), as PIL
         return dict(pool=net((x / 255 - mean) / std).flatten(1))  # (B, D)
-    return extract, f"{name}-{fingerprint(net)}", f"{mode} with antialias to {size[0]}x{size[1]}"
+    return Extractor(extract, f"{name}-{fingerprint(net)}", f"{mode} with antialias to {size[0]}x{size[1]}", net.num_features)
 
-# --- 5. Images and the command line -----------------------------------------------------------------------------------
+# --- 5. Images --------------------------------------------------------------------------------------------------------
 def read_image(path, size=None):
     """uint8 (3, H, W), RGB. ValueError when unreadable, not 8-bit, or not of `size` (W, H)."""
     try:
@@ -238,130 +323,193 @@ def read_image(path, size=None):
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 def folder_batches(files, size, batch_size, num_workers):
-    with ThreadPoolExecutor(max(num_workers, 1)) as threads:  # one batch is read ahead
+    with ThreadPoolExecutor(num_workers) as threads:  # one batch is read ahead
         submit = lambda i: [threads.submit(read_image, file, size) for file in files[i:i + batch_size]]
         ahead = submit(0)
         for i in range(0, len(files), batch_size):
             now, ahead = ahead, submit(i + batch_size)
             yield torch.stack([job.result() for job in now])  # (B, 3, H, W)
 
-def npy_header(file):
-    np.lib.format.read_magic(file)
-    return np.lib.format.read_array_header_1_0(file)  # shape, whether in Fortran order, dtype
+@contextmanager
+def reading(path, what):
+    """All the kinds of error that a damaged archive raises become one line with its name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError, NotImplementedError) as error:
+        need(False, f"{path}: {what} is damaged ({one_line(error)}); write or fetch the file again")
 
-def npz_batches(path, batch_size):
-    with np.load(path) as data, data.zip.open("arr_0.npy") as file:  # a stream: never the whole array in memory
+def npy_header(file):
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)  # shape, whether in Fortran order, dtype
+
+def npz_batches(path, first, last, batch_size):
+    """Images first to last - 1 of arr_0: a stream, never the whole array in memory."""
+    with reading(path, "arr_0"), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         n, h, w, _ = npy_header(file)[0]
-        for i in range(0, n, batch_size):
-            batch = bytearray(file.read(min(batch_size, n - i) * h * w * 3))
+        for i in range(first):  # read and drop: what jumps over them drops the check of the archive's checksum too
+            file.read(h * w * 3)
+        for i in range(first, last, batch_size):
+            batch = bytearray(file.read(min(batch_size, last - i) * h * w * 3))
             yield torch.frombuffer(batch, dtype=torch.uint8).view(-1, h, w, 3).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        need(last < n or not file.read(1), f"{path}: arr_0 is longer than it says; write the file again")
+
+def source(path, **known):
+    """One side: path, count, size (W, H), labels (N,), batches(first, last, batch_size, num_workers) -> uint8 (B, 3, H, W);
+    moments {"pool": (mean, covariance)[, "spatial"]}, with the extractor and resize of recorded ones; features kept."""
+    empty = dict(count=None, size=None, labels=None, balance=None, batches=None, extractor=None, resize=None)
+    return SimpleNamespace(path=path, **empty | dict(moments={}, features={}) | known)
+
+def balance(labels):
+    if labels is not None:
+        counts = np.unique(labels, return_counts=True)[1]
+        return f"{len(counts)} labels of {min(counts)} to {max(counts)} images"
 
 def open_source(path):
-    """One side: path, count (None: unknown), size (W, H), labels, batches(batch_size, num_workers) -> uint8 (B, 3, H, W);
-    where the file holds statistics, moments {"pool": (mean, covariance)[, "spatial"]} and their extractor."""
-    s = SimpleNamespace(path=path, count=None, size=None, labels=None, batches=None, extractor=None, moments={}, features={})
+    """A folder, or an .npz of any of the kinds above -> source. ValueError on anything else."""
     if os.path.isdir(path):
         files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
                        if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")))
         need(files, f"{path}: no PNG, JPEG or WebP image in this folder; give one that holds images")
-        s.count, s.size = len(files), tuple(read_image(files[0]).shape[:0:-1])
+        size, labels = tuple(read_image(files[0]).shape[:0:-1]), [os.path.dirname(file) for file in files]
         np.random.RandomState(0).shuffle(files)  # in order of class folders, inception_score's splits would collapse
-        s.batches = lambda *args: folder_batches(files, s.size, *args)
-        return s
+        return source(path, count=len(files), size=size, balance=balance(labels) if len(set(labels)) > 1 else None,
+                      batches=lambda first, last, *how: folder_batches(files[first:last], size, *how))
     need(zipfile.is_zipfile(path), f"{path}: no such folder, and no such .npz; give a folder of images or an .npz")
-    with np.load(path) as data:
-        s.moments = {part: (data["mu" + end], data["sigma" + end]) for part, end in (("pool", ""), ("spatial", "_s"))
-                     if "mu" + end in data and "sigma" + end in data}
-        s.extractor = "inception" if s.moments else None  # ADM's reference
-        if "extractor" in data:
-            s.extractor, s.count, s.size = str(data["extractor"]), int(data["count"]), tuple(data["size"].tolist())
-        elif "arr_0" in data:
-            with data.zip.open("arr_0.npy") as file:
-                shape, fortran, dtype = npy_header(file)
-            need(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and shape[0] and not fortran,
-                 f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3); convert to 0..255 before saving")
-            s.count, s.size, s.batches = shape[0], shape[2:0:-1], lambda size, _: npz_batches(path, size)
-            s.labels = data["arr_1"] if "arr_1" in data else None
-            need(s.labels is None or s.labels.shape == shape[:1], f"{path}: arr_1 is not one label an image; save it anew")
-    need(s.moments or s.batches, f"{path}: neither arr_0 nor mu and sigma inside; give images or statistics")
+    data = {}
+    with reading(path, "its table of contents"), np.load(path) as archive:
+        for name in archive.files:
+            with reading(path, name):
+                if name == "arr_0":
+                    with archive.zip.open("arr_0.npy") as file:
+                        shape, fortran, dtype = npy_header(file)
+                data[name] = archive[name] if name != "arr_0" else None
+    moments = {part: (data["mu" + end], data["sigma" + end]) for part, end in (("pool", ""), ("spatial", "_s"))
+               if "mu" + end in data and "sigma" + end in data}
+    if "extractor" in data:  # a file of ours
+        return source(path, moments=moments, count=int(data["count"]), size=tuple(data["size"].tolist()),
+                      **{key: str(data[key]) for key in ("extractor", "resize", "balance") if key in data})
+    need(moments or "arr_0" in data, f"{path}: neither arr_0 nor mu and sigma inside; give images or statistics")
+    s = source(path, moments=moments, extractor="inception" if moments else None)  # with moments: a reference of ADM's
+    if "arr_0" in data:
+        need(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and shape[0] and not fortran,
+             f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3); round to 0..255 before saving")
+        labels = data.get("arr_1")
+        need(labels is None or labels.shape == shape[:1], f"{path}: arr_1 is not one label an image; save it anew")
+        s.count, s.size, s.balance = shape[0], shape[2:0:-1], balance(labels)
+        s.batches = lambda first, last, batch_size, _: npz_batches(path, first, last, batch_size)
     return s
 
-def measure(s, extract, name, device, args):
-    outputs = []
-    def keep(images):
-        outputs.append(extract(images))
+# --- 6. Two sides, and the command line -------------------------------------------------------------------------------
+def prepare(sources, features, weights, device):
+    """The extractor that the sources share. ValueError where they cannot be compared, before anything is measured."""
+    for s in sources:
+        if s.extractor == "inception" != features:
+            s.moments, s.extractor = {}, None  # what ADM recorded is of no use here
+        need(s.batches or s.moments, f"{s.path}: no images in it, only Inception's statistics; give images")
+    sizes = {s.size for s in sources if s.size}
+    need(len(sizes) < 2, f"{sources[0].path}: its image size is not the reference's ({sizes}); resize one side")
+    x = Extractor(None, max((s.extractor or "" for s in sources), key=len), sources[-1].resize or "as recorded", 0)
+    if any(s.batches for s in sources):
+        x = make_extractor(features, weights, device)
+    for s in sources:
+        need(s.extractor in (None, x.name, x.name[:9]), f"{s.path}: made by {s.extractor}, not by {x.name}; use one extractor")
+        if s.batches and s.count and not s.moments:
+            check_count(s.count, x.dims, s.path)
+    return x
+
+def measure_source(s, x, keep, device, batch_size=32, num_workers=4):
+    """Fill in the moments and the kept features of a source with images, on the first process. ValueError if too few."""
+    (rank, world), n = place(), s.count or 0
+    batches = s.batches(n * rank // world, n * (rank + 1) // world, batch_size, num_workers)
+    bar = tqdm(batches, s.path, -(-n // world // batch_size) or None, disable=rank > 0 or None)
+    statistics, s.features = measure(x.extract, (batch.to(device) for batch in bar), x.name, keep, s.size)
+    if rank == 0:
+        s.count = statistics["pool"].count
         if not s.moments:
-            check_count(s.count, outputs[0]["pool"].shape[1], s.path)
-        return outputs[-1]["pool"]
-    bar = tqdm(s.batches(args.batch_size, args.num_workers), s.path, -(-s.count // args.batch_size), disable=None)
-    statistics = dict(pool=feature_statistics(keep, (batch.to(device) for batch in bar), extractor=name))
-    s.features = {part: torch.cat([output[part] for output in outputs]) for part in outputs[0]}  # (N, D) each
-    if "spatial" in s.features:
-        statistics["spatial"] = Statistics(name).update(s.features.pop("spatial"))
-    s.moments = {part: (x.mean, x.covariance) for part, x in statistics.items()} | s.moments
+            check_count(s.count, x.dims, s.path)
+        s.moments = {part: (m.mean, m.covariance) for part, m in statistics.items()} | s.moments
+
+def compare(a, b, x, device):
+    """All scores that samples `a` and reference `b` give, and what they were made from -> a dict, ready for JSON."""
+    title = dict(pool="fid" if x.name.startswith("inception") else "fd", spatial="sfid")
+    record = {title[part]: frechet_distance(*a.moments[part], *b.moments[part]) for part in title
+              if part in a.moments and part in b.moments}
+    if "logits" in a.features:
+        record["inception_score"], record["inception_score_all"] = inception_score(a.features["logits"])
+    if a.features and b.features:
+        pools = (s.features["pool"].to("cpu" if str(device) == "mps" else device) for s in (a, b))  # mps has no float64
+        record["precision"], record["recall"] = precision_recall(*pools)
+    record |= dict(extractor=x.name, resize=x.resize)
+    for role, s in (("samples", a), ("reference", b)):
+        record[role] = dict(path=str(s.path), count=s.count, size=s.size, labels=s.balance or "unknown")
+        record[role]["statistics"] = "as recorded" if s.extractor else "of these images"
+    return record
+
+class Scorer:
+    """Scores of images as they are made, against one reference: what `fid.py SAMPLES REFERENCE` says of the same images.
+    Made before the work starts, it refuses a bad reference then. Under torch.distributed all processes make and call it;
+    if each brings a consecutive share, in the order of ranks, the Inception Score has the splits of a file, too.
+
+        scorer = Scorer("reference.npz", device="cuda")
+        scores = scorer(batches, labels)   # an iterable of uint8 (B, 3, H, W); labels (N,) of all, or None
+    """
+    def __init__(self, reference, features="inception", weights=None, device="cpu", batch_size=32, num_workers=4):
+        self.reference, self.device = open_source(reference), device
+        self.extractor = prepare([source("samples", batches=True), self.reference], features, weights, device)
+        if self.reference.batches:
+            measure_source(self.reference, self.extractor, ("pool",), device, batch_size, num_workers)
+
+    def __call__(self, batches, labels=None):
+        s = source("samples", size=self.reference.size, balance=balance(labels), batches=lambda *_: batches)
+        measure_source(s, self.extractor, ("pool", "logits"), self.device)
+        return compare(s, self.reference, self.extractor, self.device) if place()[0] == 0 else None
 
 def run(args):
     making = args.samples == "stats"
     need(making == bool(args.out), "--out: belongs to stats, and stats needs it; python fid.py stats REFERENCE -o FILE")
     need(os.path.isdir(os.path.dirname(args.out or "") or "."), f"--out {args.out}: no such folder; make it first")
-    need(args.batch_size > 0, f"--batch_size {args.batch_size}: not positive; give 1 or more")
-    need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no GPU; give --device cpu")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sources = [open_source(path) for path in ([] if making else [args.samples]) + [args.reference]]
-    for s in sources:
-        if s.extractor == "inception" != args.features:
-            s.moments, s.extractor = {}, None
-        need(s.batches or s.moments and not making, f"{s.path}: no images in it, only statistics; give images")
-    sizes = {s.size for s in sources if s.size}
-    need(len(sizes) < 2, f"{args.samples}: its image size is not the reference's ({sizes}); resize one side")
-    extract, name, resize = None, max((s.extractor or "" for s in sources), key=len), "as recorded"
-    if any(s.batches for s in sources):
-        extract, name, resize = make_extractor(args.features, args.weights, device)
-    for s in sorted(sources, key=lambda s: s.count or 0):  # the smaller first: it may be refused
-        need(s.extractor in (None, name, name[:9]), f"{s.path}: made by {s.extractor}, not by {name}; use one extractor")
+    need(sources[0].batches or not making, f"{args.reference}: no images in it, only statistics; give images")
+    x = prepare(sources, args.features, args.weights, args.device)
+    both = len(sources) == 2 and all(s.batches for s in sources)
+    for s in reversed(sources):
         if s.batches:
-            measure(s, extract, name, device, args)
+            keep = ("pool",) * both + ("logits",) * (not making and s is sources[0])
+            measure_source(s, x, keep, args.device, args.batch_size, args.num_workers)
+    if place()[0]:
+        return
     if making:
-        arrays = {key + "_s" * (part == "spatial"): value.cpu().numpy()
+        s, = sources
+        arrays = {key + "_s" * (part == "spatial"): torch.as_tensor(value).cpu().numpy()
                   for part, pair in s.moments.items() for key, value in zip(("mu", "sigma"), pair)}
         with open(args.out, "wb") as file:
-            np.savez(file, **arrays, count=s.count, size=s.size, extractor=name)
-        return print(f"{args.out}: statistics of {s.count} images, extractor {name}, resize {resize}")
-    a, b = sources
-    scores = {title: frechet_distance(*a.moments[part], *b.moments[part])
-              for part, title in (("pool", "fid" if name.startswith("inception") else "fd"), ("spatial", "sfid"))
-              if part in a.moments and part in b.moments}
-    if "logits" in a.features:
-        scores["inception_score"], scores["inception_score_all"] = inception_score(a.features["logits"])
-    if a.features and b.features:
-        scores["precision"], scores["recall"] = precision_recall(a.features["pool"], b.features["pool"])
-    record = dict(scores, extractor=name, resize=resize)
-    for role, s in (("samples", a), ("reference", b)):
-        images = [] if s.labels is None else np.unique(s.labels, return_counts=True)[1]  # of each label
-        labels = f"{len(images)} labels of {min(images)} to {max(images)} images" if len(images) else None
-        record[role] = dict(path=s.path, count=s.count, size=s.size, labels=labels)
-    print("\n".join(f"{key:20s} {value}" for key, value in record.items()))
-    if args.json:
-        print(json.dumps(record))
+            np.savez(file, **arrays, count=s.count, size=s.size, extractor=x.name, resize=x.resize, balance=s.balance or "")
+        return print(f"{args.out}: statistics of {s.count} images, extractor {x.name}, resize {x.resize}")
+    record = compare(*sources, x, args.device)
+    print(json.dumps(record) if args.json else "\n".join(f"{key:20s} {value}" for key, value in record.items()))
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="fid.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = lambda message: need(False, f"arguments: {message}; see python fid.py --help")
+    parser = Parser(prog="fid.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("samples", help="folder, .npz or statistics; or the word stats")
     add("reference", help="folder, .npz or statistics")
     add("--features", default="inception", help="inception, dino or a timm model's name (default inception)")
     add("--weights", help="the extractor's file; with dino, a checkpoint of train.py (default: download)")
     add("-o", "--out", help="with stats: the .npz to write (default none)")
-    add("--json", action="store_true", help="end with one line of JSON (default off)")
-    add("--batch_size", type=int, default=64, help="images at once, no influence on scores (default 64)")
-    add("--num_workers", type=int, default=4, help="threads that read images (default 4)")
-    add("--device", choices=("cpu", "cuda", "mps"), help="(default cuda where there is one, else cpu)")
+    add("--json", action="store_true", help="print one line of JSON instead of a table (default off)")
+    add("--batch_size", type=at_least(1), default=32, help="images at once, no influence on scores (default 32)")
+    add("--num_workers", type=at_least(1), default=4, help="threads that read images (default 4)")
+    add("--device", help="cpu, cuda, mps (default: a GPU if there is one)")
+    args = parser.parse_args(argv)
+    join_processes()
+    args.device = pick_device(args.device)
     try:
-        run(parser.parse_args(argv))
-    except (ValueError, OSError, zipfile.BadZipFile, MemoryError, torch.OutOfMemoryError) as error:
-        print("fid.py:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2)
+        run(args)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UserError(f"--batch_size {args.batch_size}: out of memory ({one_line(error)}); give a smaller one") from None
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -985,6 +985,50 @@ def test_sample_from_checkpoint(trained, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "bare.png").exists()
 
 
+def test_sample_stopped_and_run_again_gives_the_same_bytes_without_repeating_work(trained, tmp_path, monkeypatch, capsys):
+    calls, real = [], sample.generate
+
+    def go(name, *more, stop_after=99):
+        def counted(model, rae, noise, *rest):
+            if len(calls) == stop_after:
+                raise KeyboardInterrupt
+            calls.append(len(noise))
+            return real(model, rae, noise, *rest)
+        calls.clear()
+        monkeypatch.setattr(sample, "generate", counted)
+        files = () if name == "grid" else ("--npz", tmp_path / f"{name}.npz")
+        monkeypatch.setattr(sys, "argv", [*map(str, ("sample.py", "--device", "cpu", "--ckpt", trained / "mid.pt", "--num", 11, "--batch_size", 2, *files,
+                                                     "--out", tmp_path / (name if files else "grid.png"), *more))])
+        try:
+            sample.main()
+        except KeyboardInterrupt:
+            pass
+        return sum(calls)
+
+    def content(name):
+        return [path.read_bytes() for path in [tmp_path / f"{name}.npz", *sorted((tmp_path / name).iterdir())]]
+    assert go("whole") == 11 and len(content("whole")) == 12
+    assert go("stopped", stop_after=2) == 4 and not (tmp_path / "stopped.npz").exists()
+    assert go("stopped", "--seed", 1, stop_after=1) == 2  # another command does not go on with it
+    assert go("stopped", "--seed", 0) == 9 and content("stopped") == content("whole")  # the other seven, and two written over
+    assert go("stopped") == 0 and content("stopped") == content("whole") and "all there already" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("stopped.npz.*.partial"))) == 1  # of seed 1
+    data = np.load(tmp_path / "whole.npz")
+    assert sorted(data.files) == ["arr_0", "arr_1"] and data["arr_1"].dtype == np.int64 and fid.open_source(tmp_path / "whole.npz").count == 11
+    assert [np.array_equal(np.asarray(Image.open(path)), image) for path, image in zip(sorted((tmp_path / "whole").iterdir()), data["arr_0"])] == [True] * 11
+    assert (go("grid"), go("grid"), go("grid", "--steps", 2)) == (11, 0, 11)
+
+
+def test_sample_of_two_processes(trained, tmp_path):
+    command = ("sample.py", "--ckpt", trained / "mid.pt", "--num", 9, "--batch_size", 2, "--device", "cpu")
+    for status, output in (run(*command, "--npz", tmp_path / "1.npz", "--out", tmp_path / "1"),
+                           run("torchrun", "--standalone", "--nproc_per_node=2", "--", *command, "--npz", tmp_path / "2.npz", "--out", tmp_path / "2.png")):
+        assert status == 0, output
+    one, two = (np.load(tmp_path / f"{n}.npz") for n in (1, 2))
+    assert np.array_equal(one["arr_1"], two["arr_1"]) and np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    assert len(list((tmp_path / "1").iterdir())) == 9 and (tmp_path / "2.png").exists() and not list(tmp_path.glob("*.partial"))
+
+
 def test_frechet_distance_in_the_encoders_features_by_command_line(photographs, trained, tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", "--ckpt", str(trained / "flow.pt"), "--steps", "1", "--num", "120", "--seed", str(seed),
@@ -998,6 +1042,7 @@ def test_frechet_distance_in_the_encoders_features_by_command_line(photographs, 
 def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
     """No such folder, empty folder, text among photographs, one class, wrong stage, cut file, unknown class, ..."""
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.npz").mkdir()
     (tmp_path / "one" / "cat").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "one" / "cat" / "a.png")
     for name in ("a", "b"):
@@ -1025,6 +1070,8 @@ def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
         ("sample.py", "--ckpt", trained / "rae.pt"): "rae.pt: a checkpoint of the stage rae",
         ("sample.py", "--ckpt", trained / "flow.pt", "--rae", trained / "encoder.pt"): "encoder.pt: holds no RAE",
         ("sample.py", "--ckpt", trained / "mid.pt", "--classes", "unicorn"): "no class 'unicorn' among 3",
+        ("sample.py", "--ckpt", trained / "mid.pt", "--npz", tmp_path / "folder.npz"): "--npz .*folder.npz: is a folder",
+        ("sample.py", "--ckpt", trained / "mid.pt", "--out", tmp_path / "cut.pt"): "--out .*cut.pt: cannot be made",
         ("sample.py", "--ckpt", trained / "mid.pt", "--steps", "0"): "--steps: must be a whole number of at least 1",
         ("rae.py", tmp_path / "text" / "a" / "notes.jpg", "--rae", trained / "rae.pt"): "notes.jpg: not a readable image",
     }
@@ -1103,6 +1150,22 @@ def test_fid_frechet_distance_against_scipy():
         fid.frechet_distance(x.mean(0)[:-1], s, y.mean(0), t)
     with pytest.raises(ValueError, match="NaN"):
         fid.frechet_distance(x.mean(0) * np.nan, s, y.mean(0), t)
+    with pytest.raises(ValueError, match="negative eigenvalues"):
+        fid.frechet_distance(x.mean(0), s - 5 * np.eye(60), y.mean(0), t)
+
+
+@pytest.mark.parametrize("dims, n1, n2", [(50, 10, 200), (50, 60, 60), (400, 100, 150), (400, 350, 2000)])
+@pytest.mark.parametrize("decay", [0, -3, -6])
+def test_fid_frechet_distance_of_any_rank(dims, n1, n2, decay):
+    """With S = X^T X the trace of the root of S1 S2 is the nuclear norm of X1 X2^T: no root of a covariance is needed.
+    Eigenvectors scaled by root eigenvalues, the textbook way, are off by 1e-8 where the rank is not full."""
+    rng = np.random.default_rng(2)
+    turn = np.linalg.qr(rng.normal(size=(dims, dims)))[0] * np.logspace(0, decay, dims) @ np.linalg.qr(rng.normal(size=(dims, dims)))[0]
+    x, y = (rng.normal(size=(n, dims)) @ turn for n in (n1, n2))
+    x, y = (x - x.mean(0)) / (n1 - 1) ** 0.5, (y - y.mean(0)) / (n2 - 1) ** 0.5
+    trace = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    expected = (x**2).sum() + (y**2).sum() - 2 * trace
+    assert fid.frechet_distance(np.zeros(dims), x.T @ x, np.zeros(dims), y.T @ y) == pytest.approx(expected, rel=1e-8)
 
 
 def test_fid_statistics_of_any_batches_in_any_order():
@@ -1126,17 +1189,22 @@ def test_fid_statistics_of_any_batches_in_any_order():
 
 def test_fid_one_road_and_its_refusals():
     images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    extract = lambda x: x.float().mean((2, 3))
-    a, b = fid.feature_statistics(extract, images, batch_size=7), fid.feature_statistics(extract, iter(images.split(16)))
+    seen = []
+    extract = lambda x: seen.append((torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"))) or x.float().mean((2, 3))
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = fid.feature_statistics(extract, images, batch_size=7), fid.feature_statistics(extract, iter(images.split(16)))
+    assert set(seen) == {(False, "highest", False)} and torch.get_float32_matmul_precision() == "high"
     torch.testing.assert_close(a.covariance, torch.from_numpy(np.cov(extract(images).double().numpy().T)))
-    assert fid.distance(a, b) == pytest.approx(0, abs=1e-9)
-    assert fid.distance(a, fid.feature_statistics(extract, images // 2)) > 1
+    assert fid.frechet_distance(a.mean, a.covariance, b.mean, b.covariance) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="uint8"):
         fid.feature_statistics(extract, images.float())
-    with pytest.raises(ValueError, match="3 images for 3 features"):
-        fid.distance(a, fid.feature_statistics(extract, images[:3]))
-    with pytest.raises(ValueError, match="one extractor"):
-        fid.distance(a, fid.feature_statistics(extract, images, extractor="another"))
+    with pytest.raises(ValueError, match="NaN"):
+        fid.feature_statistics(lambda x: extract(x) * float("nan"), images)
+    with pytest.raises(ValueError, match=r"\(8, 4\) pixels, not \(8, 8\)"):
+        fid.feature_statistics(extract, [images, images[:, :, :4]])
+    with pytest.raises(ValueError, match="none for process 0"):
+        fid.feature_statistics(extract, [])
 
 
 @pytest.mark.parametrize("height,width,size", [(5, 9, 13), (13, 8, 5), (7, 7, 7)])
@@ -1218,67 +1286,149 @@ def fid_files(tmp_path_factory):
     np.savez(path / "other.npz", images // 2)
     np.savez_compressed(path / "few.npz", images[:3])
     np.savez(path / "float.npz", images / 255)
+    np.savez(path / "nan.npz", np.full(images.shape, np.nan, np.float32))
     np.savez(path / "labels.npz", images, np.arange(5))
     np.savez(path / "nothing.npz", x=1)
     np.savez(path / "wide.npz", np.zeros((24, 8, 16, 3), np.uint8))
     np.savez(path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    np.savez(path / "batch.npz", arr_0=(images // 2)[:10], mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(3), sigma_s=np.eye(3))
     np.savez(path / "theirs.npz", mu=np.zeros(3), sigma=np.eye(3), count=24, size=(8, 8), extractor="another")
     (path / "empty").mkdir()
     for name in ("mixed", "broken", "deep"):
         (path / name).mkdir()
-        Image.fromarray(images[0]).save(path / name / "a.png")
+        for i in range(4):
+            Image.fromarray(images[i]).save(path / name / f"a{i}.png")
     Image.fromarray(images[0, :4]).save(path / "mixed/b.png")
     (path / "broken/b.jpg").write_bytes(b"no image")
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(path / "deep/b.png")
     (path / "text.npz").write_text("no archive")
+    for name, save, where in (("stored", np.savez, 1500), ("deflated", np.savez_compressed, 1500), ("label", np.savez, 24 * 192 + 500)):
+        save(path / f"{name}.npz", arr_0=images, arr_1=np.arange(24))
+        content = bytearray((path / f"{name}.npz").read_bytes())
+        content[where:where + 9] = bytes(9)
+        (path / f"{name}.npz").write_bytes(content)
+    (path / "cut.npz").write_bytes((path / "images.npz").read_bytes()[:3000])
+    np.savez(path / "objects.npz", images, np.array([{}] * 24))
     return path
 
 
+def channel_means(features="inception", weights=None, device="cpu"):
+    means = lambda x: x.float().mean((2, 3))
+    return fid.Extractor(lambda x: dict(pool=means(x), spatial=means(x).roll(1, 1), logits=means(x) / 50), "inception-test", "none", 3)
+
+
 @pytest.fixture
-def channel_means(monkeypatch):
-    def make(features, weights, device):
-        means = lambda x: x.float().mean((2, 3))
-        return (lambda x: dict(pool=means(x), spatial=means(x).roll(1, 1), logits=means(x))), "inception-test", "none"
-    monkeypatch.setattr(fid, "make_extractor", make)
+def quick(monkeypatch):
+    monkeypatch.setattr(fid, "make_extractor", channel_means)
 
 
-def test_fid_command_line(fid_files, channel_means, capsys):
-    def run(*args):
-        fid.main([str(fid_files / a) if (fid_files / a).exists() or a == "made.npz" else a for a in args])
-        return capsys.readouterr().out.splitlines()
+def fid_run(folder, capsys, *args):
+    """fid.py with names of files in `folder` -> the lines it prints."""
+    fid.main([str(folder / a) if (folder / a).exists() or a == "made.npz" else a for a in map(str, args)])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_fid_command_line(fid_files, quick, capsys):
     images = np.load(fid_files / "images.npz")["arr_0"]
     x, y = (torch.from_numpy(i).permute(0, 3, 1, 2).float().mean((2, 3)).double().numpy() for i in (images, images // 2))
     expected = fid.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
-    run("stats", "other.npz", "-o", "made.npz")
+    fid_run(fid_files, capsys, "stats", "other.npz", "-o", "made.npz")
+    records = []
     for samples in ("images.npz", "folder"):
         for reference in ("other.npz", "made.npz"):
-            lines = run(samples, reference, "--json", "--batch_size", "5")
-            scores = json.loads(lines[-1])
-            assert scores["fid"] == pytest.approx(expected, rel=1e-6)
-            assert ("precision" in scores) == (reference == "other.npz") and scores["inception_score"] >= 1
-            assert scores["samples"]["count"] == scores["reference"]["count"] == 24 and "inception-test" in "".join(lines)
-            assert (scores["samples"]["labels"] == "4 labels of 6 to 6 images") == (samples == "images.npz")
-    scores = json.loads(run("images.npz", "adm.npz", "--json")[-1])
+            for batch_size in (1, 5, 64):
+                line, = fid_run(fid_files, capsys, samples, reference, "--json", "--batch_size", batch_size)
+                records.append(json.loads(line))
+                assert records[-1]["fid"] == pytest.approx(expected, rel=1e-8) == records[-1]["sfid"]
+                assert records[-1]["inception_score_all"] == pytest.approx(records[0]["inception_score_all"], rel=1e-6)  # in any order
+                assert ("precision" in records[-1]) == (reference == "other.npz")
+                assert [records[-1].get(k) for k in ("precision", "recall")] in ([None, None], [records[0][k] for k in ("precision", "recall")])
+    assert [r["samples"]["labels"] for r in records[::6]] == ["4 labels of 6 to 6 images", "2 labels of 12 to 12 images"]
+    table = "\n".join(fid_run(fid_files, capsys, "images.npz", "made.npz"))
+    for said in ("inception-test", "resize               none", "'count': 24", "4 labels of 6 to 6 images", "'labels': 'unknown'", "as recorded", "made.npz"):
+        assert said in table, table
+    scores = json.loads(*fid_run(fid_files, capsys, "images.npz", "adm.npz", "--json"))
     assert scores["reference"]["count"] is None
+    assert scores["fid"] == pytest.approx(fid.frechet_distance(x.mean(0), np.cov(x.T), np.zeros(3), np.eye(3))) == scores["sfid"]
+    scores = json.loads(*fid_run(fid_files, capsys, "images.npz", "batch.npz", "--json"))  # statistics as recorded, manifold of the images
     assert scores["fid"] == pytest.approx(fid.frechet_distance(x.mean(0), np.cov(x.T), np.zeros(3), np.eye(3)))
-    assert scores["sfid"] == pytest.approx(scores["fid"])
+    assert scores["precision"] == fid.precision_recall(torch.from_numpy(x), torch.from_numpy(y[:10]))[0]
+
+
+def test_fid_scorer_says_of_images_as_they_are_made_what_the_command_says(fid_files, quick, capsys):
+    data = np.load(fid_files / "images.npz")
+    images = torch.from_numpy(data["arr_0"]).permute(0, 3, 1, 2)
+    for reference in ("other.npz", "made.npz", "batch.npz"):
+        record = json.loads(*fid_run(fid_files, capsys, "images.npz", reference, "--json"))
+        scorer = fid.Scorer(fid_files / reference)
+        for _ in range(2):  # as often as one likes
+            online = json.loads(json.dumps(scorer(iter(images.split(7)), data["arr_1"])))
+            assert online["samples"].pop("path") == "samples" and online["samples"].items() <= record["samples"].items()
+            assert {**online, "samples": 0} == {key: value if isinstance(value, (str, dict)) else pytest.approx(value, rel=1e-12)
+                                                for key, value in {**record, "samples": 0}.items()}
+    with pytest.raises(ValueError, match="samples: 3 images for 3 features"):
+        scorer([images[:3]])
+    with pytest.raises(ValueError, match="resize all"):
+        scorer([images[:, :, 1:]])
 
 
 @pytest.mark.parametrize("args,message", [
     ("missing images.npz", "missing: no such"), ("empty images.npz", "empty: no PNG"), ("text.npz folder", "text.npz: no"),
-    ("float.npz folder", "float.npz: arr_0 is float64"), ("nothing.npz folder", "nothing.npz: neither"),
-    ("labels.npz folder", "labels.npz: arr_1"), ("images.npz few.npz", "few.npz: 3 images for 3 features"),
-    ("wide.npz folder", "wide.npz: its image size"), ("mixed folder", "b.png: (8, 4)"), ("broken folder", "b.jpg: not a readable"),
-    ("deep folder", "b.png: its pixels"), ("images.npz theirs.npz", "theirs.npz: made by another"),
+    ("float.npz folder", "float.npz: arr_0 is float64"), ("nan.npz folder", "nan.npz: arr_0 is float32"), ("nothing.npz folder", "nothing.npz: neither"),
+    ("labels.npz folder", "labels.npz: arr_1"), ("images.npz few.npz", "few.npz: 3 images for 3 features leave the covariance singular"),
+    ("few.npz adm.npz", "few.npz: 3 images"), ("wide.npz folder", "wide.npz: its image size"), ("mixed folder", "b.png: (8, 4)"),
+    ("broken folder", "b.jpg: not a readable"), ("deep folder", "b.png: its pixels"), ("images.npz theirs.npz", "theirs.npz: made by another"),
+    ("stored.npz folder", "stored.npz: arr_0 is damaged"), ("deflated.npz folder", "deflated.npz: arr_0 is damaged"), ("cut.npz folder", "cut.npz: "),
+    ("label.npz folder", "label.npz: arr_1 is damaged"), ("objects.npz folder", "objects.npz: arr_1 is damaged"),
     ("images.npz adm.npz --features dino", "adm.npz: no images"), ("stats folder", "--out: belongs"),
     ("stats adm.npz -o x.npz", "adm.npz: no images"), ("stats folder -o no_such_folder/x.npz", "--out no_such_folder/x.npz"),
-    ("folder images.npz --batch_size 0", "--batch_size 0"), ("folder", "arguments: "), ("folder images.npz --device foo", "arguments: ")])
-def test_fid_refusals(fid_files, channel_means, capsys, args, message):
+    ("stats few.npz -o x.npz", "few.npz: 3 images"), ("folder images.npz --batch_size 0", "--batch_size: must be"), ("folder", "required: reference"),
+    ("folder images.npz --device foo", "--device foo: ")])
+def test_fid_refusals(fid_files, quick, capsys, monkeypatch, args, message):
+    monkeypatch.setattr(sys, "argv", ["fid.py", *(str(fid_files / a) if (fid_files / a).exists() else a for a in args.split())])
     with pytest.raises(SystemExit) as stop:
-        fid.main([str(fid_files / a) if (fid_files / a).exists() else a for a in args.split()])
+        rae.run_main(fid.main)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("fid.py: ") and message in error
-    assert ";" in error  # what to do
+    error = error[error.index("fid.py: "):]  # after a bar of progress
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_fid_of_two_processes_is_fid_of_one(tmp_path, quick, capsys):
+    """A command, statistics and the scorer, all under one torchrun, with shares that are not equal."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", rng.integers(0, 256, (25, 8, 8, 3), dtype=np.uint8), rng.integers(0, 5, 25))
+    np.savez(tmp_path / "b.npz", rng.integers(0, 200, (31, 8, 8, 3), dtype=np.uint8))
+    (tmp_path / "two.py").write_text("""
+import json, numpy as np, torch
+import fid
+means = lambda x: x.float().mean((2, 3))
+extract = lambda x: dict(pool=means(x), spatial=means(x).roll(1, 1), logits=means(x) / 50)
+fid.make_extractor = lambda *args: fid.Extractor(extract, "inception-test", "none", 3)
+fid.main(["a.npz", "b.npz", "--json", "--batch_size", "3", "--device", "cpu"])
+fid.main(["stats", "b.npz", "-o", "made.npz", "--device", "cpu"])
+rank, data = fid.place()[0], np.load("a.npz")
+scores = fid.Scorer("b.npz")(torch.from_numpy(data["arr_0"]).permute(0, 3, 1, 2)[(0, 11)[rank]:(11, 25)[rank]].split(4), data["arr_1"])
+assert (scores is None) == (rank == 1)
+if rank == 0:
+    print(json.dumps(scores))
+""")
+    one = json.loads(*fid_run(tmp_path, capsys, "a.npz", "b.npz", "--json"))
+    status, output = run("torchrun", "--standalone", "--nproc_per_node=2", tmp_path / "two.py", folder=tmp_path)
+    assert status == 0, output
+    both = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    for got in both:
+        for key in ("fid", "sfid", "inception_score", "inception_score_all", "precision", "recall"):
+            assert got[key] == pytest.approx(one[key], rel=1e-9), key
+        assert got["samples"]["labels"] == one["samples"]["labels"] and got["samples"]["count"] == 25
+    assert len(both) == 2 and json.loads(*fid_run(tmp_path, capsys, "a.npz", "made.npz", "--json"))["fid"] == pytest.approx(one["fid"], rel=1e-9)
+
+
+def test_fid_streams_the_share_of_a_process(fid_files):
+    images = np.load(fid_files / "images.npz")["arr_0"]
+    share = torch.cat([*fid.npz_batches(fid_files / "images.npz", 10, 21, 4)]).permute(0, 2, 3, 1)
+    assert np.array_equal(share.numpy(), images[10:21])
+    with pytest.raises(ValueError, match="stored.npz: arr_0 is damaged"):  # before its share: the checksum still tells
+        list(fid.npz_batches(fid_files / "stored.npz", 20, 24, 4))
 
 
 def test_fid_refusals_of_weights(fid_files, tmp_path, monkeypatch):
@@ -1295,7 +1445,7 @@ def test_fid_refusals_of_weights(fid_files, tmp_path, monkeypatch):
         fid.make_extractor("no_such_model")
     net = random_inception()
     torch.save(net.state_dict(), tmp_path / "right.pth")
-    extract, name, _ = fid.make_extractor(weights=str(tmp_path / "right.pth"))
+    name = fid.make_extractor(weights=str(tmp_path / "right.pth")).name
     assert name == "inception-" + fid.fingerprint(net) and name != "inception-" + fid.fingerprint(random_inception(1))
 
 
