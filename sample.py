@@ -31,7 +31,7 @@ from tqdm import tqdm
 import meanflow
 from dit import DiTDH, infer_config
 from fid import fingerprint, join_processes, place
-from rae import Parser, UserError, at_least, load_file, load_rae, load_weights, one_line, pick_device, published_rae, run_main, unpack_rae
+from rae import Parser, UserError, at_least, load_file, load_weights, one_line, pick_device, rae_from, run_main, unpack_rae
 
 WRITERS = 8  # threads a process that encode and write; with one PNG an image, fewer would keep a fast GPU waiting
 
@@ -130,8 +130,10 @@ def load_network(path):
     content = load_file(path)
     state = load_weights(path, content)
     if "x_embedder.proj.weight" not in state:
-        stage = f"of the stage {content['stage']}, which" if isinstance(content.get("stage"), str) else "that"
-        raise UserError(f"{path}: a checkpoint {stage} holds no velocity network; give one of flow, mid, distill or bootstrap")
+        known = {"decoder_pred.weight": "a published RAE decoder", "var": "latent statistics", "patch_embed.proj.weight": "an image encoder"}
+        what = next((name for key, name in known.items() if key in state), "a checkpoint without a velocity network")
+        what = f"a checkpoint of the stage {content['stage']}, which holds no velocity network" if isinstance(content.get("stage"), str) else what
+        raise UserError(f"{path}: {what}; give a checkpoint of flow, mid, distill or bootstrap, or released DiTDH weights")
     try:
         model = DiTDH(**infer_config(state))
         model.load_state_dict(state)
@@ -192,12 +194,8 @@ def main():
     model, content = load_network(args.ckpt)
     channels, grid = model.in_channels, model.input_size
     alpha = content.get("alpha") or (channels * grid * grid / 4096) ** 0.5
-    if args.rae and Path(args.rae).is_file():
-        rae = load_rae(args.rae, with_encoder=False)
-    elif args.rae or not content.get("rae"):
-        rae = published_rae(16 * grid, args.rae)
-    else:
-        rae = unpack_rae(content["rae"])
+    own = content.get("rae") and not args.rae
+    rae = unpack_rae(content["rae"]) if own else rae_from(args.rae, 16 * grid, with_encoder=False)
     names = content.get("classes") or imagenet_names()
     classes = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
     steps = args.steps or (1 if model.r_embedder is not None else 50)

@@ -223,7 +223,8 @@ def test_defaults_are_the_papers():
     expected = dict(total_derivative=dict(method="jvp", delta=5e-3), mean_flow_loss=dict(derivative="jvp", delta=5e-3, gap_share=0.25, power=1),
                     mid_training_loss=dict(num_points=17, num_pairs=64, solver="euler"), solve_flow=dict(solver="euler"), sample=dict(steps=1))
     assert all(expected[f].items() <= defaults[f].items() for f in expected)
-    assert train.NODES == 17 and dict(clip=1, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25, power=1).items() <= train.DEFAULTS.items()
+    table = dict(clip=1, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25, power=1, nodes=17, solver="euler", reuse=1, guidance=1, delta=5e-3)
+    assert table.items() <= train.DEFAULTS.items()
 
 
 def test_shift_time():
@@ -472,6 +473,25 @@ def test_published_rae_from_a_folder_laid_out_like_the_hub(tmp_path, monkeypatch
     torch.save({"mean": var}, files["statistics"])
     with pytest.raises(rae.UserError, match="no latent statistics.* but mean"):
         rae.published_rae(256, tmp_path)
+
+
+def test_released_files_are_recognised(tmp_path):
+    for name, content in (("a published RAE decoder", {"model": published_decoder(16, 6, 4, 8, 40)}), ("latent statistics", {"var": torch.ones(2)}),
+                          ("an image encoder", timm.create_model(TINY_VIT).state_dict()), ("a checkpoint without a velocity network", {"x": torch.ones(2)})):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(rae.UserError, match=f"x.pt: {name}; give a checkpoint of flow"):
+            sample.load_network(tmp_path / "x.pt")
+    for average_velocity, wrap in ((False, lambda state: state), (True, lambda state: {"ema": state}), (True, lambda state: {"model": {f"module.{k}": v for k, v in state.items()}})):
+        net = small_dit(average_velocity)
+        torch.save(wrap(net.state_dict()), tmp_path / "x.pt")
+        loaded, _ = sample.load_network(tmp_path / "x.pt")
+        assert (loaded.r_embedder is not None) == average_velocity and all(torch.equal(v, loaded.state_dict()[k]) for k, v in net.state_dict().items())
+    for change, named in ((lambda s: s.pop("blocks.1.attn.proj.bias"), "blocks.1.attn.proj.bias"), (lambda s: s.update(extra=torch.ones(1)), "extra")):
+        state = dict(small_dit().state_dict())
+        change(state)
+        torch.save(state, tmp_path / "x.pt")
+        with pytest.raises(rae.UserError, match=f"x.pt: .*{named}"):
+            sample.load_network(tmp_path / "x.pt")
 
 
 def test_published_decoder_layout_against_a_plain_forward():
@@ -731,6 +751,15 @@ def test_unreadable_photographs_are_named_and_replaced_by_the_next(photographs, 
         train.refuse_unreadable({"b.jpg", "a.jpg"}, 1999)
     with pytest.raises(rae.UserError, match="50 images in a row .*is the disk still there"):
         train.Samples("rae", 0, ["gone.jpg"] * 60, labels, 3, 32, (1,), 13)[0]
+
+
+def test_labels_are_those_of_the_network():
+    data = train.Data([], torch.tensor([0, 1, 1, 2]), ("cat", "dog", "fish"))
+    assert train.labels_among(("cat", "dog", "fish"), data).tolist() == [0, 1, 1, 2]
+    assert train.labels_among(("bird", "dog", "ant", "fish", "cat"), data).tolist() == [4, 1, 1, 3]
+    for classes in (("cat", "dog"), ("cat", "dog", "fish", "dog")):
+        with pytest.raises(rae.UserError, match=f"trained on {len(classes)} classes"):
+            train.labels_among(classes, data)
 
 
 def test_learning_rate_and_the_papers_table():
@@ -1037,6 +1066,27 @@ def test_frechet_distance_in_the_encoders_features_by_command_line(photographs, 
     fid.main([str(tmp_path / "0.npz"), str(tmp_path / "1.npz"), "--features", "dino", "--weights", str(trained / "flow.pt"), "--json"])
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["fd"] >= 0 and record["samples"]["count"] == 120
+
+
+def test_scores_during_training_are_those_of_sample_and_fid(photographs, trained, tmp_path, monkeypatch, capsys):
+    def make(checkpoint, name, seed):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", "--ckpt", str(checkpoint), "--num", "110", "--seed", str(seed), "--npz", str(tmp_path / name), "--out", str(tmp_path / f"{name}.png")])
+        sample.main()
+    make(trained / "mid.pt", "reference.npz", 5)
+    copy_inputs(trained, tmp_path, "encoder", "rae", "flow", "mid")
+    features = ("--features", "dino", "--weights", tmp_path / "rae.pt")
+    scoring = ("--eval_every", 3, "--eval_num", 110, "--ref", tmp_path / "reference.npz", *(str(f).replace("--", "--eval_") for f in features))
+    in_process(monkeypatch, "--toy", "--data", photographs, "--out", tmp_path, "--stage", "distill", *TINY, *scoring)
+    scores = [line for line in map(json.loads, (tmp_path / "distill.jsonl").read_text().splitlines()) if "scores" in line]
+    assert [line["step"] for line in scores] == [3, 4] and losses(tmp_path, "distill") == losses(trained, "distill")
+    make(tmp_path / "distill.pt", "offline.npz", 0)
+    capsys.readouterr()
+    fid.main([str(tmp_path / "offline.npz"), str(tmp_path / "reference.npz"), *map(str, features), "--json"])
+    offline = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scores[1]["scores"]["fd"] == pytest.approx(offline["fd"], rel=1e-6) and scores[1]["scores"]["samples"]["labels"] == offline["samples"]["labels"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--toy", "--stage", "flow", "--eval_every", "5"])
+    with pytest.raises(rae.UserError, match="--eval_every: needs --ref"):
+        train.main()
 
 
 def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):

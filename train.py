@@ -20,7 +20,7 @@ import copy
 import json
 import math
 import os
-import resource
+import re
 import sys
 import tempfile
 import time
@@ -166,6 +166,16 @@ def list_photographs(folder):
         raise UserError(f"--data {folder}: only one class folder, {found.classes[0]!r}; class-conditional training needs two or more")
     names = dict(zip(ImageNetInfo().label_names(), imagenet_names()))                           # n02099601 is shown as golden retriever
     return [path for path, _ in found.samples], torch.tensor(found.targets), tuple(names.get(name, name) for name in found.classes)
+
+
+def labels_among(classes, data):
+    """Labels (N,) of the data as the network counts its classes, by their names. Raises UserError on a name it does not know."""
+    if tuple(data.classes) == tuple(classes):
+        return data.labels
+    for name in data.classes:
+        if list(classes).count(name) != 1:
+            raise UserError(f"--data: the network was trained on {len(classes)} classes, and {name!r} is not exactly one of them; give the images it knows")
+    return torch.tensor([list(classes).index(name) for name in data.classes])[data.labels]
 
 
 def read_photograph(path, size, place=None):
@@ -426,6 +436,16 @@ def evaluated(net, device, precision):
     return call
 
 
+def images_to_score(network, rae, args, num_classes, alpha, device, rank, world):
+    """Yield this process's share of images 0 .. eval_num - 1, uint8 (B, 3, S, S): those that sample.py makes of the checkpoint."""
+    first, last = (args.eval_num * r // world for r in (rank, rank + 1))
+    for start in tqdm(range(first, last, 64), desc="evaluate", leave=False, disable=rank > 0):
+        indices = range(start, min(start + 64, last))
+        noise = noise_of(args.seed, indices, (network.in_channels, network.input_size, network.input_size)).to(device)
+        labels = torch.tensor(indices, device=device) % num_classes
+        yield to_uint8(generate(network, rae, noise, labels, 1 if network.r_embedder is not None else 50, alpha))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One stage, from top to bottom
 
@@ -490,6 +510,7 @@ def train(stage, args, data):
         lines = [line for line in log_path.read_text().splitlines() if json.loads(line).get("step", 0) <= start] if start and log_path.exists() else []
         log_path.write_text("".join(line + "\n" for line in [*lines, json.dumps(dict(config=c, start=start, command=sys.argv, torch=torch.__version__))]))
     wandb_run = start_wandb(args, c) if args.wandb and rank == 0 else None
+    scorer = fid.Scorer(args.ref, args.eval_features, args.eval_weights, args.device) if args.eval_every else None
 
     in_precision = partial(evaluated, device=device.type, precision=c["precision"])
     wrapped, d_wrapped = torch.compile(trained) if args.compile else trained, discriminator
@@ -508,7 +529,7 @@ def train(stage, args, data):
         if data.latents is None:
             data.latents = torch.cat([z.cpu() for z in in_batches(images, c["resolution"], device, encode, "encode")])
         images = data.latents                                       # (N, C, G, G)
-    samples = Samples(stage, args.seed, images, data and data.labels, len(classes), c["resolution"], tuple(noise_shape),
+    samples = Samples(stage, args.seed, images, data and labels_among(classes, data), len(classes), c["resolution"], tuple(noise_shape),
                       dict(mid=c.get("pairs"), rae=13).get(stage, 2), 0.0 if stage in ("encoder", "rae") else c["label_drop"], c["gap_share"],
                       c["batch_size"], c["reuse"])
     numbers = (range(first, first + micro) for step in range(start, c["steps"]) for first in
@@ -572,7 +593,9 @@ def train(stage, args, data):
         step += 1
         bar.update()
 
-        last, saving = step == c["steps"], step % args.save_every == 0 or step == c["steps"]
+        last = step == c["steps"]
+        scoring = scorer and (last or step % args.eval_every == 0)
+        saving = last or scoring or step % args.save_every == 0
         if saving or step % args.log_every == 0 or step == start + 1:
             values = torch.stack([v.float() for v in totals.values()])
             if world > 1:
@@ -633,6 +656,12 @@ def train(stage, args, data):
                     noise = noise_of(args.seed, range(32), noise_shape).to(device)
                     pictures = generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha)
             save_grid(to_uint8(pictures.float()).cpu(), save_to / f"{stage}.{step:06d}.png", columns)
+        if scoring:                                                 # the checkpoint is saved
+            scores = scorer(images_to_score(ema, rae, args, len(classes), alpha, device, rank, world), torch.arange(args.eval_num) % len(classes))
+            if rank == 0:
+                say(f"{stage}, step {step}: {json.dumps(scores)}")
+                with log_path.open("a") as log:
+                    log.write(json.dumps(dict(step=step, scores=scores)) + "\n")
     bar.close()
     if world > 1:
         dist.barrier()  # the next stage reads what the first process has just written
@@ -768,17 +797,17 @@ def bench_step(stage, form, args):
 
 
 def bench_memory(stage, form, args):
-    """Peak memory in GB, of two steps in a process of their own: (in all, above the networks, the moments and the EMA)."""
-    step, _ = bench_step(stage, form, args)
+    """Peak memory in GB of a step in a process of its own: (in all, what the step added to networks, moments and EMA)."""
+    set_backends(args)
     if args.device == "cpu":
-        torch.set_num_threads(1)                                                                # threads keep memory of their own
-        resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
-        before = resident()
-        step()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
-    before = torch.cuda.memory_allocated() / 2**30
+        gigabytes = lambda what: int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+        held, peak = partial(gigabytes, "VmRSS"), partial(gigabytes, "VmHWM")
+    else:
+        held, peak = (lambda: torch.cuda.memory_allocated() / 2**30), (lambda: torch.cuda.max_memory_allocated() / 2**30)
+    step, _ = bench_step(stage, form, args)
+    before = held()
     step()
-    return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30 - before
+    return peak(), peak() - before
 
 
 def bench(args):
@@ -815,7 +844,7 @@ def bench(args):
                 total, above = fresh.submit(bench_memory, stage, form, args).result()
             second = float(np.median(times[form]))
             rows.append(dict(stage=stage, form=form, ms=1000 * second, images_per_s=samples / second, peak_GB=total, step_GB=above, tflops=flops[form] / second / 1e12))
-            ratios = dict(time_ratio=second / (rows[-2]["ms"] / 1000), memory_ratio=rows[-2]["step_GB"] / above) if form == "published" else {}
+            ratios = dict(time_ratio=second / (rows[-2]["ms"] / 1000), memory_ratio=above / rows[-2]["step_GB"]) if form == "published" else {}
             rows[-1] |= dict(share_of_peak=rows[-1]["tflops"] / peak, **ratios)
             say(f"{stage:10} {form:10} {1000 * second:9.1f} {samples / second:9.1f} {total:8.2f} {above:10.2f} {rows[-1]['tflops']:8.3f} {rows[-1]['share_of_peak']:8.1%}"
                 + "".join(f" {ratios[k]:{w}.2f}" for k, w in (("time_ratio", 7), ("memory_ratio", 9)) if ratios))
@@ -845,6 +874,12 @@ def start_wandb(args, c):
     except ImportError:
         raise UserError("--wandb: the package wandb is not installed; pip install wandb, or leave the flag out") from None
     return wandb.init(project="meanflow-rae", name=f"{Path(args.out).name}-{c['stage']}", config=c)
+
+
+def set_backends(args):
+    torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
+    if args.device == "cpu":
+        torch.backends.cuda.enable_flash_sdp(False)                    # despite the name also the CPU's, slow at few tokens
 
 
 def non_negative(text):
@@ -898,12 +933,19 @@ def parse_arguments():
     watch.add_argument("--save_every", type=at_least(1), help="steps between checkpoints (default 2500; with --toy 500)")
     watch.add_argument("--sample_every", type=at_least(1), help="steps between pictures (default 2500; with --toy 500)")
     watch.add_argument("--log_every", type=at_least(1), help="steps between lines of the log (default 50; with --toy 10)")
+    watch.add_argument("--eval_every", type=at_least(1), help="steps between scores of samples against --ref (default: never)")
+    watch.add_argument("--ref", help="reference of the scores: folder, npz or statistics, as fid.py takes it")
+    watch.add_argument("--eval_num", type=at_least(1), default=50_000, help="samples to score (default 50000)")
+    watch.add_argument("--eval_features", default="inception", help="as fid.py's --features (default inception)")
+    watch.add_argument("--eval_weights", help="as fid.py's --weights")
     watch.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     watch.add_argument("--bench", action="store_true", help="train nothing: time and memory of a step, beside the published code's form of it")
     watch.add_argument("--report", nargs="+", metavar="CKPT", help="with --toy: train nothing, print the table's rows of these checkpoints")
     watch.add_argument("--dry_run", action="store_true", help="one step of everything, written to a temporary folder and deleted")
     args = parser.parse_args()
 
+    if bool(args.eval_every) != bool(args.ref) or args.eval_every and args.stage in (None, "encoder", "rae"):
+        raise UserError("--eval_every: needs --ref, and --stage flow, mid, distill or bootstrap")
     if args.report and not args.toy:
         raise UserError("--report: needs --toy; sample.py and fid.py score other checkpoints")
     if args.bench and args.stage in ("encoder", "rae"):
@@ -941,9 +983,7 @@ def main():
     for words in ("torch.jit.script", "broadcast_buffers"):            # told about torch's own insides, not about this run
         warnings.filterwarnings("ignore", message=f".*{words}.*")
     args = parse_arguments()
-    torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
-    if args.device == "cpu":
-        torch.backends.cuda.enable_flash_sdp(False)                    # despite the name also the CPU's, slow at few tokens
+    set_backends(args)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     if args.bench:
