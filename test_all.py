@@ -1089,8 +1089,10 @@ def test_scores_during_training_are_those_of_sample_and_fid(photographs, trained
         train.main()
 
 
-def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
+def test_bad_input_ends_in_one_line(photographs, trained, tmp_path, monkeypatch, capsys):
     """No such folder, empty folder, text among photographs, one class, wrong stage, cut file, unknown class, ..."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "one" / "cat").mkdir(parents=True)
@@ -1101,6 +1103,7 @@ def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
     (tmp_path / "text" / "a" / "notes.jpg").write_text("not a picture")
     (tmp_path / "cut.pt").write_bytes((trained / "distill.pt").read_bytes()[:5000])
     toy = ("train.py", "--toy", "--out", tmp_path / "out")
+    files = ("train.py", "--stage", "rae", "--data", photographs, "--resolution", "32", "--model", "toy", "--out", tmp_path / "out")
     table = {
         (*toy, "--data", tmp_path / "nowhere"): "--data .*nowhere: no such folder",
         (*toy, "--data", tmp_path / "empty"): "--data .*empty: .*folder of images for each class",
@@ -1115,6 +1118,18 @@ def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
         ("train.py",): "give --stage, or --toy",
         ("train.py", "--stage", "flow"): "needs images: give --data",
         ("train.py", "--stage", "mid", "--out", tmp_path / "out"): "no teacher for resolution 256: looked for DiTs/.*stage2_model.pt of nyu-visionx.*--teacher",
+        ("train.py", "--stage", "mid", "--out", tmp_path / "out", "--resolution", "64"): "no published teacher for resolution 64, only for 256 and 512; .*--teacher",
+        ("train.py", "--stage", "mid", "--resolution", "100"): "--resolution 100: must be a multiple of 16",
+        ("train.py", "--stage", "mid", "--model", "L"): "--model L: sizes of the transformer are toy, S, B, XL",
+        ("train.py", "--stage", "mid", "--encoder", TINY_VIT): "--encoder .*: belongs to --stage rae",
+        (*files, "--encoder", "resnet18"): "--encoder resnet18: not a plain vision transformer",
+        (*files, "--encoder", TINY_VIT): "no weights for test_vit.r160_in1k: looked for timm/test_vit.r160_in1k .*--encoder_weights",
+        (*files, "--encoder", TINY_VIT, "--encoder_weights", "random"): "no weights for vgg16.tv_in1k: .*--vgg_weights",
+        (*files, "--encoder", TINY_VIT, *RANDOM, "--lpips_weights", trained / "rae.pt"): "rae.pt: not the linear heads of LPIPS",
+        (*files, "--perceptual", "-1"): "--perceptual: must be a number of at least 0",
+        (*toy, "--gap_share", "2"): "--gap_share 2.0: must be between 0 and 1",
+        ("train.py", "--bench", "--stage", "rae"): "--bench: measures flow",
+        ("train.py", "--report", "x.pt", "--stage", "mid"): "--report: needs --toy",
         ("sample.py", "--ckpt", tmp_path / "none.pt"): "none.pt: no such file",
         ("sample.py", "--ckpt", tmp_path / "cut.pt"): "cut.pt: not a readable checkpoint, or cut short",
         ("sample.py", "--ckpt", trained / "rae.pt"): "rae.pt: a checkpoint of the stage rae",
@@ -1125,12 +1140,15 @@ def test_bad_input_ends_in_one_line(photographs, trained, tmp_path):
         ("sample.py", "--ckpt", trained / "mid.pt", "--steps", "0"): "--steps: must be a whole number of at least 1",
         ("rae.py", tmp_path / "text" / "a" / "notes.jpg", "--rae", trained / "rae.pt"): "notes.jpg: not a readable image",
     }
-    with ThreadPoolExecutor(2) as pool:
-        for (command, expected), (status, output) in zip(table.items(), pool.map(lambda command: run(*command), table)):
-            lines = [line for line in re.split("[\r\n]+", output) if line.strip() and not line.startswith(("read:", "{"))]
-            assert status == 2 and "Traceback" not in output, (command, output)
-            assert len(lines) == 1 and lines[0].startswith(Path(command[0]).name + ": "), (command, output)
-            assert re.search(expected, lines[0]), (command, lines)
+    for command, expected in table.items():
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        with pytest.raises(SystemExit) as end:
+            rae.run_main(dict(train=train, sample=sample, rae=rae)[command[0][:-3]].main)
+        lines = [line for line in re.split("[\r\n]+", "".join(capsys.readouterr())) if line.strip() and not line.startswith(("read:", "{"))]
+        assert end.value.code == 2 and len(lines) == 1 and re.search(f"^{command[0]}: .*{expected}", lines[0]), (command, lines)
+    for command in ((*toy, "--steps", "0"), ("sample.py", "--ckpt", tmp_path / "cut.pt"), ("rae.py", tmp_path / "nothing.png")):  # and as processes
+        status, output = run(*command)
+        assert status == 2 and len(output.splitlines()) == 1 and output.startswith(f"{command[0]}: "), output
 
 
 def test_batch_that_the_processes_do_not_divide(photographs, tmp_path):
