@@ -273,14 +273,14 @@ class Samples(Dataset):
             i = self.index(n)
             label, sample["x"] = int(self.labels[i]), self.images[i]
         else:
-            for i in (self.index(n + k) for k in range(50)):  # the next in order stands in for a file that cannot be read
+            x = torch.full((3, self.size, self.size), 128, dtype=torch.uint8)  # if the disk is gone: the loop stops when it has counted
+            for i in (self.index(n + k) for k in range(10)):  # the next in order stands in for a file that cannot be read
+                label = int(self.labels[i])
                 try:
-                    label, x = int(self.labels[i]), read_photograph(self.images[i], self.size, uniform[:2] if self.stage == "rae" else None)
+                    x = read_photograph(self.images[i], self.size, uniform[:2] if self.stage == "rae" else None)
                     break
                 except OSError:  # named and counted by the loop
                     sample["bad"] += f"{self.images[i]}\n"
-            else:
-                raise UserError(f"--data: 50 images in a row cannot be read, the last of them {self.images[i]}; is the disk still there?")
             sample["x"] = x.flip(2) if flip < 0.5 else x                                        # (3, S, S)
         return sample | dict(label=self.num_classes if drop < self.label_drop else label)
 
@@ -299,7 +299,8 @@ class Pictures(Dataset):
 
 
 def stack_readable(batch):
-    return torch.stack([image for image in batch if image is not None])                         # (B, 3, S, S)
+    readable = [image for image in batch if image is not None]
+    return torch.stack(readable) if readable else None                                          # (B, 3, S, S)
 
 
 @torch.no_grad()
@@ -307,7 +308,8 @@ def in_batches(images, size, device, function, what, workers=0, rank=0, world=1,
     """Yield function(images in [0, 1]) for all images, or for every world-th of them."""
     batches = DataLoader(Pictures(images, size), batch_size, sampler=range(rank, len(images), world), num_workers=workers, collate_fn=stack_readable)
     for batch in tqdm(batches, desc=what, leave=False, disable=rank > 0):
-        yield function(batch.to(device).float() / 255)                                          # of (B, 3, S, S)
+        if batch is not None:
+            yield function(batch.to(device).float() / 255)                                      # of (B, 3, S, S)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
