@@ -959,6 +959,23 @@ def test_imagenets_path_from_files_to_one_step_with_networks_of_random_weights(p
     assert images.shape == (2, 3, 32, 32) and content["alpha"] == 0.25 and content["rae"]["encoder"]["name"] == TINY_VIT
 
 
+def test_a_released_teacher_knows_imagenets_classes_by_name(photographs, trained, tmp_path, monkeypatch):
+    teacher = dit.DiTDH(4, 96, num_classes=1000, **dit.MODELS["toy"])
+    torch.save({"ema": teacher.state_dict()}, tmp_path / "released.pt")
+    copy_inputs(trained, tmp_path, "rae")
+    for i, folder in enumerate(("n02099601", "n01440764", "n07753592")):                          # golden retriever 207, tench 0, banana 954
+        shutil.copytree(photographs / str(i), tmp_path / "data" / folder)
+    released = ("--toy", "--out", tmp_path, "--teacher", tmp_path / "released.pt", *TINY)
+    in_process(monkeypatch, *released, "--stage", "mid")
+    assert rae.load_file(tmp_path / "mid.pt")["classes"][207] == "golden retriever"
+    seen, real = [], train.Samples
+    monkeypatch.setattr(train, "Samples", lambda *a: seen.append(a[3]) or real(*a))
+    in_process(monkeypatch, *released, "--stage", "distill", "--data", tmp_path / "data")
+    assert sorted(seen[0].unique().tolist()) == [0, 207, 954]
+    with pytest.raises(rae.UserError, match="trained on 1000 classes, and '0' is not"):
+        in_process(monkeypatch, *released, "--stage", "distill", "--data", photographs, "--init", tmp_path / "mid.pt", "--rae", tmp_path / "rae.pt", "--out", tmp_path / "b")
+
+
 def test_two_processes_share_the_decoders_optimiser_and_agree_on_statistics_and_on_bad_files(photographs, tmp_path, monkeypatch):
     """Losses to 1e-4, statistics of the latents to 1e-6; the sharded optimiser's checkpoint is a plain one."""
     paper = ("--data", photographs, "--resolution", 32, "--model", "toy", *TINY, "--workers", 1, "--stage", "rae", "--encoder", TINY_VIT, *RANDOM, "--adversarial", 0, "--perceptual", 0)

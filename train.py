@@ -410,7 +410,9 @@ def build_flow(stage, args, c, out, classes):
         classes = content.get("classes") or classes or imagenet_names()
         trained = DiTDH(input_size=latent[1], in_channels=latent[0], num_classes=len(classes), average_velocity=stage != "flow",
                         **TOY_START if args.toy else {}, **MODELS[c["model"]])
-    classes = content.get("classes") or classes or [str(i) for i in range(trained.num_classes)]
+    elif not content.get("classes"):  # released weights
+        classes = imagenet_names() if trained.num_classes == 1000 else [str(i) for i in range(trained.num_classes)]
+    classes = content.get("classes") or classes
     for what, network in (("student", trained), ("teacher", teacher)):
         if network is not None and (network.in_channels, network.input_size, network.num_classes) != (*latent, len(classes)):
             raise UserError(f"the {what} has {network.in_channels} channels, grid {network.input_size} and {network.num_classes} classes, but the RAE "
