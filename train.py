@@ -777,6 +777,10 @@ def bench_step(stage, form, args):
     ema = copy.deepcopy(trained).requires_grad_(False)
     weights, ema_weights = list(trained.parameters()), list(ema.parameters())
     optimizer = torch.optim.AdamW(weights, lr=c["lr"], betas=c["betas"], weight_decay=0, fused=True)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()                                                # so that the moments are there before anything is measured
+    optimizer.zero_grad()
     student, teacher = (net and evaluated(torch.compile(net) if args.compile else net, device.type, c["precision"]) for net in (trained, teacher))
     num, alpha = c["batch_size"], 6.93
     x, noise, y = *torch.randn(2, num, channels, grid, grid, device=device), torch.randint(1000, (num,), device=device)
