@@ -83,8 +83,9 @@ def run_main(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError) as error:
-        line = f"{Path(sys.argv[0]).name}: {error}"
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        advice = "; give a smaller --batch_size or, to train.py, --micro_batch and --checkpointing" * isinstance(error, torch.OutOfMemoryError)
+        line = f"{Path(sys.argv[0]).name}: {one_line(error)[:2000] if advice else error}{advice}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
             tqdm.write(line, file=sys.stderr)  # a line of its own, also while a progress bar is shown
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun ends with a report of its own: let it name the reason too
@@ -157,7 +158,7 @@ class Encoder(nn.Module):
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         if name == "toy":
             self.net = VisionTransformer(img_size=image_size, patch_size=image_size // 4, embed_dim=channels, depth=4, num_heads=4,
-                                         num_classes=0, class_token=False, global_pool="avg", embed_layer=ConvStem)
+                                         num_classes=0, class_token=False, global_pool="", embed_layer=ConvStem)
             self.input_size = image_size
         else:
             self.input_size = image_size // 16 * patch_size_of(name)
@@ -497,7 +498,7 @@ def load_weights(path, content=None):
     content = load_file(path) if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no state dict")
-    state = content.get("ema") or content.get("model") or content
+    state = next((content[key] for key in ("ema", "model") if isinstance(content.get(key), dict)), content)
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
 
 
@@ -649,7 +650,7 @@ def score_folder(rae, args):
 def crop_of(path, rae):
     try:
         return center_crop(Image.open(path), rae.encoder_config["image_size"])
-    except OSError as error:
+    except Exception as error:  # PIL raises a dozen kinds
         raise UserError(f"{path}: not a readable image ({one_line(error)})") from None
 
 

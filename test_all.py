@@ -738,7 +738,7 @@ def test_samples_depend_on_their_number_alone():
 
 def test_unreadable_photographs_are_named_and_replaced_by_the_next(photographs, tmp_path):
     files, labels, _ = train.list_photographs(photographs)
-    (tmp_path / "bad.jpg").write_text("not a picture")
+    (tmp_path / "bad.jpg").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x05IHDR\0\0")  # PIL has a ValueError for this one
     whole, holed = (train.Samples("rae", 0, f, labels, 3, 32, (1,), 13) for f in (files, [*files]))
     holed.images[whole.index(5)] = str(tmp_path / "bad.jpg")
     assert [holed[n]["bad"] for n in (4, 5, 6)] == ["", f"{tmp_path}/bad.jpg\n", ""] and holed[5]["label"] == whole[6]["label"]
@@ -920,11 +920,12 @@ def test_micro_batches_and_processes_follow_the_same_loss(photographs, trained, 
         status, output = run(*start, "train.py", "--toy", "--data", photographs, "--out", out, "--stage", stage, *TINY, *extra)
         assert status == 0, output
         return stage, losses(out, stage)
-    jobs = [(stage, "torchrun", ()) for stage in ("flow", "mid", "distill", "bootstrap")] + [(s, "python", ("--micro_batch", 2)) for s in ("mid", "distill")]
+    jobs = [(stage, "torchrun", ()) for stage in ("encoder", "flow", "mid", "distill", "bootstrap")] + [(s, "python", ("--micro_batch", 2)) for s in ("mid", "distill")]
     with ThreadPoolExecutor(2) as pool:
         for stage, got in pool.map(go, jobs):
             for step, values in losses(trained, stage).items():
-                assert got[step] == pytest.approx(values, rel=1e-4), (stage, step)
+                tolerance = 1e-2 if stage == "encoder" else 1e-4  # its loss has the root of a mean over the process's share of the batch
+                assert got[step] == pytest.approx(values, rel=tolerance), (stage, step)
 
 
 RANDOM = [part for name in ("encoder", "vgg", "lpips", "dino") for part in (f"--{name}_weights", "random")]

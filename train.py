@@ -29,6 +29,7 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -60,7 +61,7 @@ from sample import generate, imagenet_names, load_network, noise_of, save_grid, 
 
 EPOCH = 1_281_167  # images of ImageNet
 PAPER = {  # the paper's, at 256
-    "rae": dict(batch_size=512, steps=16 * EPOCH // 512, lr=2e-4, lr_end=2e-5, decay="cosine", warmup=1 / 16, ema=0.9978, clip=math.inf, noise=0.8,
+    "rae": dict(batch_size=512, steps=16 * EPOCH // 512, lr=2e-4, lr_end=2e-5, decay="cosine", warmup=1 / 16, ema=0.9978, clip=None, noise=0.8,
                 perceptual=1.0, adversarial=0.75, discriminator_from=6 / 16, gan_from=8 / 16),
     "flow": dict(batch_size=1024, steps=800 * EPOCH // 1024, lr=2e-4, lr_end=2e-5, decay_from=40 / 800, ema=0.9995),
     "mid": dict(batch_size=8, pairs=64, steps=27_000, lr=1e-4, ema=0.999),
@@ -74,7 +75,7 @@ PAPER_512 = {  # where 512 differs
 }
 TOY = {  # ours: 32 x 32 pictures, 16 tokens, ten minutes of two CPU cores; small batches and many steps learn most in them
     "encoder": dict(batch_size=64, steps=1000, lr=2e-3, lr_end=0, warmup=0.05, decay_from=0.3, ema=0.99, noise=0.5),
-    "rae": dict(batch_size=64, steps=300, lr=1e-3, lr_end=0, warmup=0.05, decay_from=0.3, ema=0.99, clip=math.inf, noise=0.5),
+    "rae": dict(batch_size=64, steps=300, lr=1e-3, lr_end=0, warmup=0.05, decay_from=0.3, ema=0.99, clip=None, noise=0.5),
     "flow": dict(batch_size=64, steps=2600, lr=3e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.995),
     "mid": dict(batch_size=8, pairs=8, steps=300, lr=1.5e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.99),
     "distill": dict(batch_size=64, steps=600, lr=3e-4, lr_end=5e-5, decay_from=0.5, ema=0.99, power=0.0),
@@ -180,9 +181,12 @@ def labels_among(classes, data):
 
 def read_photograph(path, size, place=None):
     """-> uint8 (3, size, size): ADM's centre crop, or the random crop at `place`; OSError where the file is no readable image."""
-    with Image.open(path) as image:
-        cropped = center_crop(image, size) if place is None else random_crop(image, size, *place)
-        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)                             # (3, S, S)
+    try:
+        with Image.open(path) as image:
+            cropped = center_crop(image, size) if place is None else random_crop(image, size, *place)
+    except Exception as error:  # a damaged file makes PIL raise a dozen kinds
+        raise OSError(f"{path}: not a readable image ({one_line(error)})") from None
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)                                 # (3, S, S)
 
 
 def refuse_unreadable(bad, total):
@@ -399,7 +403,7 @@ def build_flow(stage, args, c, out, classes):
 
     options = dict(with_encoder=stage != "mid", encoder_weights=args.encoder_weights)
     path = checkpoint_of("rae", "--rae", args.rae, out)
-    if not path and content.get("rae"):
+    if content.get("rae") and not args.rae:  # the one in whose latents the network was trained
         rae = unpack_rae(content["rae"], **options)
     elif not path and args.toy:
         raise missing("rae", "--rae", out)
@@ -496,8 +500,12 @@ def train(stage, args, data):
     start, path, log_path, elapsed = 0, save_to / f"{stage}.pt", save_to / f"{stage}.jsonl", 0.0
     if path.exists():
         state = load_file(path)
-        for key in ("toy", "resolution", "model", "data", "encoder", "seed", "batch_size"):
-            if state["config"].get(key) != c[key]:
+        if not isinstance(state, dict) or "config" not in state:
+            raise UserError(f"{path}: no checkpoint of train.py that could go on; name released weights with --teacher or --init, or give another --out")
+        if "--precision" not in sys.argv:
+            c["precision"] = state["config"]["precision"]
+        for key in c:  # all that shapes the rest of the run; its length and its learning rate may change
+            if key not in ("steps", "lr", "init", "teacher", "rae") and state["config"].get(key) != c[key]:
                 raise UserError(f"{path}: was made with {key} {state['config'].get(key)}, this run has {c[key]}; give the same --{key}, or another --out")
         start, elapsed = state["step"], state["seconds"]
         if start >= c["steps"]:
@@ -505,21 +513,31 @@ def train(stage, args, data):
         trained.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+        for moments in getattr(optimizer, "optim", optimizer).state.values():  # the sharded optimiser leaves its step counts on the CPU
+            moments["step"] = moments["step"].to(device)
         if discriminator:
             discriminator.heads.load_state_dict(state["discriminator"])
             d_optimizer.load_state_dict(state["d_optimizer"])
+        if stage not in ("encoder", "rae"):
+            rae = unpack_rae(state["rae"], stage != "mid", args.encoder_weights).to(device)
+        del state
     say(json.dumps(dict(c, parameters=sum(p.numel() for p in weights), start=start, world=world, micro_batch=micro)))
     if rank == 0:
         save_to.mkdir(parents=True, exist_ok=True)
-        lines = [line for line in log_path.read_text().splitlines() if json.loads(line).get("step", 0) <= start] if start and log_path.exists() else []
+        lines = log_path.read_text().splitlines() if start and log_path.exists() else []
+        lines = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= start]  # the last may have been cut
         log_path.write_text("".join(line + "\n" for line in [*lines, json.dumps(dict(config=c, start=start, command=sys.argv, torch=torch.__version__))]))
     wandb_run = start_wandb(args, c) if args.wandb and rank == 0 else None
     scorer = fid.Scorer(args.ref, args.eval_features, args.eval_weights, args.device) if args.eval_every else None
+    if scorer:
+        fid.check_count(args.eval_num, scorer.extractor.dims, "--eval_num")
+        if scorer.reference.size not in (None, (c["resolution"],) * 2):
+            raise UserError(f"--ref {args.ref}: images of {scorer.reference.size}, samples of {c['resolution']}; give a reference of that size")
 
     in_precision = partial(evaluated, device=device.type, precision=c["precision"])
     wrapped, d_wrapped = torch.compile(trained) if args.compile else trained, discriminator
     if world > 1:
-        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False, gradient_as_bucket_view=True)
         d_wrapped = discriminator and DistributedDataParallel(discriminator, broadcast_buffers=False)
     student, teacher, perceptual = in_precision(wrapped), teacher and in_precision(teacher), perceptual and in_precision(perceptual)
     if teacher and c["guidance"] != 1:
@@ -535,7 +553,7 @@ def train(stage, args, data):
         images = data.latents                                       # (N, C, G, G)
     samples = Samples(stage, args.seed, images, data and labels_among(classes, data), len(classes), c["resolution"], tuple(noise_shape),
                       dict(mid=c.get("pairs"), rae=13).get(stage, 2), 0.0 if stage in ("encoder", "rae") else c["label_drop"], c["gap_share"],
-                      c["batch_size"], c["reuse"])
+                      c["batch_size"], c["reuse"] if stage == "mid" else 1)
     numbers = (range(first, first + micro) for step in range(start, c["steps"]) for first in
                range(step * c["batch_size"] + rank * share, step * c["batch_size"] + (rank + 1) * share, micro))
     workers = args.workers if isinstance(images, list) else 0
@@ -544,7 +562,7 @@ def train(stage, args, data):
     solved, bad, named, step, clock, logged = {}, set(), set(), start, time.perf_counter(), (start, time.perf_counter())
     bar = tqdm(total=c["steps"], initial=start, desc=stage, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10)
     while step < c["steps"]:
-        judged, opposed = (discriminator and step >= c[share] * c["steps"] for share in ("discriminator_from", "gan_from"))
+        judged, opposed = (discriminator and step >= c[key] * c["steps"] for key in ("discriminator_from", "gan_from"))
         for group in optimizer.param_groups + (d_optimizer.param_groups if discriminator else []):
             group["lr"] = learning_rate(step, c)
         totals = {}
@@ -586,7 +604,7 @@ def train(stage, args, data):
                 metrics |= d_metrics
             for key, value in (("loss", loss.detach()), *metrics.items()):
                 totals[key] = totals.get(key, 0) + value * micro / share
-        grad_norm = nn.utils.clip_grad_norm_(weights, c["clip"])
+        grad_norm = nn.utils.clip_grad_norm_(weights, c["clip"] or math.inf)
         for one in (optimizer, d_optimizer) if judged else (optimizer,):
             one.step()
             one.zero_grad()
@@ -649,7 +667,8 @@ def train(stage, args, data):
         if rank == 0 and (last or step % args.sample_every == 0):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=c["precision"] == "bf16"):
                 if stage in ("encoder", "rae"):  # rows of originals, each above its reconstructions
-                    shown = next(in_batches(data.images[:32], c["resolution"], device, lambda x: x, "show"))
+                    shown = data.images[::max(1, len(data.images) // 32)] if isinstance(data.images, list) else data.images
+                    shown = next(in_batches(shown[:32], c["resolution"], device, lambda x: x, "show"))
                     columns = min(8, len(shown))
                     shown = shown[:len(shown) // columns * columns]                                                         # (32, 3, S, S)
                     drawn = ema.draw(ema.encoder(shown)) if stage == "encoder" else ema(encode(shown))
@@ -848,6 +867,7 @@ def bench(args):
         samples = steps["ours"][1]
         del steps
         for form in forms:
+            torch.cuda.empty_cache()
             with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
                 total, above = fresh.submit(bench_memory, stage, form, args).result()
             second = float(np.median(times[form]))
@@ -979,8 +999,11 @@ def parse_arguments():
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if args.device in (None, "cuda") and torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node: more processes than GPUs ({torch.cuda.device_count()}); give as many")
+        torch.cuda.set_device(local)
     args.device = pick_device(args.device)
     if args.precision is None:
         args.precision = "bf16" if args.device == "cpu" and args.toy and bf16_pays() else "fp32"
@@ -993,7 +1016,7 @@ def main():
     args = parse_arguments()
     set_backends(args)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=2))  # the first one also saves and draws
     if args.bench:
         return bench(args)
     if args.report:
