@@ -55,6 +55,10 @@ class UserError(ValueError):
     """Something the user can mend: its text is one line that names the file or flag, and it is all that is printed."""
 
 
+class ProcessLost(UserError):
+    """Another process is dead or hung. Every process that is left says so: the first one may be the one that is gone."""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -86,7 +90,7 @@ def run_main(main):
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         advice = "; give a smaller --batch_size or, to train.py, --micro_batch and --checkpointing" * isinstance(error, torch.OutOfMemoryError)
         line = f"{Path(sys.argv[0]).name}: {one_line(error)[:2000] if advice else error}{advice}"
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessLost):
             tqdm.write(line, file=sys.stderr)  # a line of its own, also while a progress bar is shown
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun ends with a report of its own: let it name the reason too
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(

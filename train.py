@@ -21,10 +21,12 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
 import warnings
+import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -48,9 +50,10 @@ from tqdm import tqdm
 
 import fid
 from dit import MODELS, DiTDH, infer_config
-from meanflow import expand, flow_matching_loss, flow_matching_times, guided, mean_flow_loss, mean_flow_times, mid_training_loss, solve_flow
-from rae import (DECODERS, DINOV2, RAE, Decoder, Discriminator, Encoder, EncoderPretraining, LatentStatistics, Parser, PerceptualDistance, UserError, at_least,
-                 augment, center_crop, discriminator_loss, fetch, load_file, load_rae, one_line, pick_device, rae_from, random_crop, reconstruction_loss,
+from meanflow import (expand, flow_matching_loss, flow_matching_times, guided, mean_flow_loss, mean_flow_times, mid_training_loss, shift_time,
+                      solve_flow)
+from rae import (DECODERS, DINOV2, RAE, Decoder, Discriminator, Encoder, EncoderPretraining, LatentStatistics, Parser, PerceptualDistance,
+                 ProcessLost, UserError, at_least, augment, center_crop, discriminator_loss, fetch, load_file, load_rae, one_line, pick_device, rae_from, random_crop, reconstruction_loss,
                  run_main, unpack_rae)
 from sample import generate, imagenet_names, load_network, noise_of, save_grid, to_uint8
 
@@ -89,6 +92,7 @@ DEFAULTS = dict(lr_end=None, decay="linear", decay_from=0.0, warmup=0.0, clip=1.
                 perceptual=0.0, adversarial=0.0, discriminator_from=0.0, gan_from=0.0,
                 nodes=17, solver="euler", reuse=1, guidance=1.0, delta=5e-3)  # nodes of a teacher's trajectory in mid: 16 steps
 STARTS_FROM = {"mid": "flow", "distill": "mid", "bootstrap": "distill"}
+MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient end the run
 
 
 def learning_rate(step, c):
@@ -112,6 +116,7 @@ class Data:
     images: object          # uint8 (N, 3, S, S) in memory, or a list of N files
     labels: torch.Tensor    # (N,)
     classes: tuple          # their names
+    listing: str            # how many files and a checksum of their names: whether a folder has changed since
     held_out: tuple = None  # images and labels that no stage sees: (M, 3, S, S), (M,)
     latents: object = None  # (N, C, G, G): of images in memory, encoded once
 
@@ -209,12 +214,13 @@ def load_data(args):
     if args.toy and not args.data:
         pictures = [make_toy_images(num, seed) for num, seed in ((300 if args.dry_run else 20_000, args.seed), (2_000, args.seed + 1))]
         images, held_out = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x, _ in pictures)   # (N, 3, 32, 32)
-        return Data(images, torch.from_numpy(pictures[0][1]), TOY_CLASSES, (held_out, torch.from_numpy(pictures[1][1])))
+        return Data(images, torch.from_numpy(pictures[0][1]), TOY_CLASSES, "drawn", (held_out, torch.from_numpy(pictures[1][1])))
     if not args.data:
         raise UserError(f"--stage {args.stage} needs images: give --data FOLDER with one folder of images for each class")
     files, labels, classes = list_photographs(args.data)
+    listing = f"{len(files)} images ({zlib.crc32(' '.join(os.path.relpath(path, args.data) for path in files).encode()):08x})"
     if not args.toy:
-        return Data(files, labels, classes)
+        return Data(files, labels, classes, listing)
     images, good, bad = [], [], []
     with tqdm(files, desc="read", disable=int(os.environ.get("RANK", 0)) > 0, mininterval=2, leave=False) as bar:
         for i, path in enumerate(bar):
@@ -230,7 +236,7 @@ def load_data(args):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     out, kept = order[:min(2000, len(images) // 10)], order[min(2000, len(images) // 10):]
     images, labels, held_out = images[kept], labels[kept], (images[out], labels[out])
-    return Data(torch.cat([images, images.flip(3)]), labels.repeat(2), classes, held_out)       # each image and its mirror image
+    return Data(torch.cat([images, images.flip(3)]), labels.repeat(2), classes, listing, held_out)       # each image and its mirror image
 
 
 @dataclass
@@ -425,16 +431,6 @@ def build_flow(stage, args, c, out, classes):
     return trained.requires_grad_(True), rae, teacher, alpha, tuple(classes)
 
 
-def save(content, path):
-    """Write beside the target, flush to the disk, rename: the old checkpoint stays until the new one is whole."""
-    temporary = path.with_suffix(".pt.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def evaluated(net, device, precision):
     """A network as the losses call it: evaluated in the chosen precision, answering in float32."""
     def call(*inputs):
@@ -455,9 +451,126 @@ def images_to_score(network, rae, args, num_classes, alpha, device, rank, world)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind, so that it can be ended at any moment and go on
+
+def previous(path):
+    """The checkpoint before this one: mid.pt -> mid.previous.pt."""
+    return path.with_suffix(".previous.pt")
+
+
+def save(content, path):
+    """Write beside the target, flush to the disk, read back; only then take the place of the checkpoint before, which is kept.
+
+    Raises UserError where that cannot be done; what was there before is as it was.
+    """
+    temporary = path.with_suffix(".pt.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with zipfile.ZipFile(temporary) as archive:
+            if archive.testzip():                                   # a checksum for every tensor
+                raise OSError("it does not read back as it was written")
+        if path.exists():
+            path.replace(previous(path))
+        temporary.replace(path)
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:    # torch turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: step {content['step']} cannot be saved ({one_line(error.__context__ or error)}); the checkpoint before it is kept; "
+                        "make room, and give the same command again") from None
+
+
+def newest(path, say):
+    """-> (content, path) of a stage's checkpoint or, said aloud, of the one before it where this is damaged or gone; content is None where neither is.
+
+    Raises UserError where there are only damaged ones: they are not written over.
+    """
+    damage = None
+    for candidate in (path, previous(path)):
+        if candidate.exists():
+            try:
+                content = load_file(candidate)
+            except UserError as error:
+                damage = damage or error
+                continue
+            if candidate != path:
+                say(f"{damage or f'{path}: gone'}; going on from {candidate}")
+            return content, candidate
+    if damage:
+        raise UserError(f"{damage}; to start the stage anew, move it away")
+    return None, path
+
+
+def cut_log(path, start):
+    """End a log after the lines of step `start`: what comes later was not saved, and is done again."""
+    kept = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line).get("step", 0) > start:
+                    break
+            except (ValueError, AttributeError):                    # a line that was cut, or was never ours
+                break
+            kept += len(line)
+    os.truncate(path, kept)
+
+
+class Stop:
+    """Hears the wish to save and leave: SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, which SLURM sends ahead of the end of a job.
+
+    Without other processes, a second one ends the run at once.
+    """
+    def __enter__(self):
+        self.signal, names = 0, ("SIGTERM", "SIGINT", "SIGUSR1")
+        self.before = {n: signal.signal(n, self.heard) for n in (getattr(signal, name) for name in names if hasattr(signal, name))}
+        return self
+
+    def heard(self, number, frame):
+        if self.signal and not dist.is_initialized():               # torchrun passes a Ctrl-C on that its processes have had already
+            self.__exit__()
+            return os.kill(os.getpid(), number)
+        self.signal = number
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, f"\n{signal.Signals(number).name}: saves after this step, then ends\n".encode())
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self):
+        """The signal that any process has had, or 0; on all processes alike. Where one of them hangs, waiting for it ends in ProcessLost."""
+        number = torch.tensor(self.signal)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)              # on the CPU: nothing waits for the GPU
+        return int(number)
+
+
+def spread(batches):
+    """Times (t, r) of several micro-batches -> {"t": [smallest, mean, largest], "r": ...}."""
+    return {name: [round(of(torch.cat(values)).item(), 4) for of in (torch.amin, torch.mean, torch.amax)] for name, values in zip("tr", zip(*batches))}
+
+
+def deaf(worker):
+    """Processes that read images leave such signals to the one that trains."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def lost_process(error):
+    """What an error says of the other processes, or None where it is about something else."""
+    words = " ".join(str(error).split())
+    if re.search(r"DataLoader worker .*(exited|killed)", words):
+        return UserError(f"--workers: a process that reads images was killed, perhaps for want of memory ({words[:150]}); give fewer --workers")
+    if dist.is_initialized() and re.search(r"timed? ?out|peer|socket|gloo|NCCL|TCPStore", words, re.IGNORECASE):
+        return ProcessLost(f"process {dist.get_rank()}: another process is dead, or hung for longer than --timeout ({words[:150]}); "
+                           "the last checkpoint is kept: give the same command again, or torchrun --max_restarts")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # One stage, from top to bottom
 
-def train(stage, args, data):
+def train(stage, args, data, stop):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, out, save_to = torch.device(args.device), Path(args.out), Path(args.save_to)
     say = (lambda text: tqdm.write(text, file=sys.stderr)) if rank == 0 else (lambda text: None)
@@ -497,36 +610,49 @@ def train(stage, args, data):
         d_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw)
 
     # Resume
-    start, path, log_path, elapsed = 0, save_to / f"{stage}.pt", save_to / f"{stage}.jsonl", 0.0
-    if path.exists():
-        state = load_file(path)
-        if not isinstance(state, dict) or "config" not in state:
+    path, log_path, listing = save_to / f"{stage}.pt", save_to / f"{stage}.jsonl", data.listing if data else ""
+    start, elapsed, skipped, (state, used) = 0, 0.0, 0, newest(path, say)
+    if state is not None:
+        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise UserError(f"{path}: no checkpoint of train.py that could go on; name released weights with --teacher or --init, or give another --out")
         if "--precision" not in sys.argv:
-            c["precision"] = state["config"]["precision"]
+            c["precision"] = state["config"].get("precision")
         for key in c:  # all that shapes the rest of the run; its length and its learning rate may change
             if key not in ("steps", "lr", "init", "teacher", "rae") and state["config"].get(key) != c[key]:
                 raise UserError(f"{path}: was made with {key} {state['config'].get(key)}, this run has {c[key]}; give the same --{key}, or another --out")
-        start, elapsed = state["step"], state["seconds"]
-        if start >= c["steps"]:
-            return say(f"{path}: complete, {start} steps")
-        trained.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        for moments in getattr(optimizer, "optim", optimizer).state.values():  # the sharded optimiser leaves its step counts on the CPU
-            moments["step"] = moments["step"].to(device)
-        if discriminator:
-            discriminator.heads.load_state_dict(state["discriminator"])
-            d_optimizer.load_state_dict(state["d_optimizer"])
-        if stage not in ("encoder", "rae"):
-            rae = unpack_rae(state["rae"], stage != "mid", args.encoder_weights).to(device)
-        del state
+        try:
+            start, elapsed, skipped = state["step"], state["seconds"], state["skipped"]
+            if start >= c["steps"]:
+                return say(f"{path}: complete, {start} steps")
+            trained.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            for moments in getattr(optimizer, "optim", optimizer).state.values():  # the sharded optimiser leaves its step counts on the CPU
+                moments["step"] = moments["step"].to(device)
+            if discriminator:
+                discriminator.heads.load_state_dict(state["discriminator"])
+                d_optimizer.load_state_dict(state["d_optimizer"])
+            if stage not in ("encoder", "rae"):
+                rae = unpack_rae(state["rae"], stage != "mid", args.encoder_weights).to(device)
+        except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: this run cannot go on from it ({type(error).__name__}: {one_line(error)}); to start the stage anew, move it away") from None
+        if state.get("listing") != listing:
+            say(f"--data: {state.get('listing')} when this stage was started, {listing} now: from here on their order is another")
+    del state
+    if len(everyones({(start, listing)})) > 1:                      # before the first one writes
+        raise UserError(f"{path}, --data {args.data}: not the same on all processes; --out and --data must be folders that all of them see")
     say(json.dumps(dict(c, parameters=sum(p.numel() for p in weights), start=start, world=world, micro_batch=micro)))
     if rank == 0:
-        save_to.mkdir(parents=True, exist_ok=True)
-        lines = log_path.read_text().splitlines() if start and log_path.exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= start]  # the last may have been cut
-        log_path.write_text("".join(line + "\n" for line in [*lines, json.dumps(dict(config=c, start=start, command=sys.argv, torch=torch.__version__))]))
+        try:
+            save_to.mkdir(parents=True, exist_ok=True)
+            if used != path and path.exists():                      # the next save would take it for the good one
+                path.replace(path.with_suffix(".damaged.pt"))
+            if log_path.exists():
+                cut_log(log_path, start)
+            with log_path.open("a") as log:
+                log.write(json.dumps(dict(config=c, start=start, command=sys.argv, torch=torch.__version__)) + "\n")
+        except OSError as error:
+            raise UserError(f"--out {save_to}: cannot be written ({one_line(error)})") from None
     wandb_run = start_wandb(args, c) if args.wandb and rank == 0 else None
     scorer = fid.Scorer(args.ref, args.eval_features, args.eval_weights, args.device) if args.eval_every else None
     if scorer:
@@ -557,15 +683,17 @@ def train(stage, args, data):
     numbers = (range(first, first + micro) for step in range(start, c["steps"]) for first in
                range(step * c["batch_size"] + rank * share, step * c["batch_size"] + (rank + 1) * share, micro))
     workers = args.workers if isinstance(images, list) else 0
-    batches = iter(DataLoader(samples, batch_sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
+    batches = iter(DataLoader(samples, batch_sampler=numbers, num_workers=workers, worker_init_fn=deaf, pin_memory=device.type == "cuda",
+                              prefetch_factor=4 if workers else None))
 
+    recent, in_a_row, ending = [], 0, 0                             # recent: values and times of the steps since the last line of the log
     solved, bad, named, step, clock, logged = {}, set(), set(), start, time.perf_counter(), (start, time.perf_counter())
     bar = tqdm(total=c["steps"], initial=start, desc=stage, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10)
-    while step < c["steps"]:
+    while step < c["steps"] and not ending:
         judged, opposed = (discriminator and step >= c[key] * c["steps"] for key in ("discriminator_from", "gan_from"))
         for group in optimizer.param_groups + (d_optimizer.param_groups if discriminator else []):
             group["lr"] = learning_rate(step, c)
-        totals = {}
+        totals, times = {}, []
         for first in range(0, share, micro):
             batch = next(batches)
             for net in (wrapped, d_wrapped):                        # processes add up their gradients after the last micro-batch
@@ -587,9 +715,11 @@ def train(stage, args, data):
                 judge = lambda images: in_precision(discriminator.eval())(augment(images, uniform[:, 3:8]))
                 loss, metrics = reconstruction_loss(decoded, x, perceptual, c["perceptual"], judge if opposed else None, c["adversarial"], trained.head.weight)
             elif stage == "flow":
-                loss, metrics = flow_matching_loss(student, x, y, alpha, flow_matching_times(batch["uniform"][:, 0], alpha), noise)
+                t = r = flow_matching_times(batch["uniform"][:, 0], alpha)                          # (B,) on the CPU
+                loss, metrics = flow_matching_loss(student, x, y, alpha, t, noise)
             elif stage == "mid":
                 pairs = (batch["uniform"] * (c["nodes"] * (c["nodes"] - 1) // 2)).long()            # (B, pairs)
+                t, r = shift_time(1 - torch.triu_indices(c["nodes"], c["nodes"], 1)[:, pairs] / (c["nodes"] - 1), alpha)    # (B, pairs), for the log
                 if step % c["reuse"] == 0 or first not in solved:
                     solved[first] = solve_flow(teacher, noise, y, c["nodes"] - 1, alpha, c["solver"])
                 loss, metrics = mid_training_loss(student, teacher, noise, y, alpha, c["nodes"], pairs=pairs, trajectory=solved[first])
@@ -603,9 +733,17 @@ def train(stage, args, data):
                 (d_loss * micro / share).backward()
                 metrics |= d_metrics
             for key, value in (("loss", loss.detach()), *metrics.items()):
-                totals[key] = totals.get(key, 0) + value * micro / share
+                totals[key] = totals.get(key, 0) + value.float() * micro / share
+            if alpha:
+                times.append((t, r))
         grad_norm = nn.utils.clip_grad_norm_(weights, c["clip"] or math.inf)
+        values = torch.stack([*totals.values()])
+        if world > 1:
+            dist.all_reduce(values)
+            values /= world
+        broken = ~(values.sum() + grad_norm).isfinite()             # the same on all processes; such a step changes no weight and no moment
         for one in (optimizer, d_optimizer) if judged else (optimizer,):
+            getattr(one, "optim", one).found_inf = broken.float()   # read by the fused AdamW, on the device: nothing waits for it
             one.step()
             one.zero_grad()
         if judged and world > 1:                                    # the running means of its batch norms are the first process's
@@ -615,34 +753,44 @@ def train(stage, args, data):
         step += 1
         bar.update()
 
-        last = step == c["steps"]
+        recent.append((step, torch.cat([values, grad_norm[None]]), spread(times)))
+        ending, last = stop.agreed(), step == c["steps"]
         scoring = scorer and (last or step % args.eval_every == 0)
-        saving = last or scoring or step % args.save_every == 0
+        saving = last or scoring or ending or step % args.save_every == 0
         if saving or step % args.log_every == 0 or step == start + 1:
-            values = torch.stack([v.float() for v in totals.values()])
-            if world > 1:
-                dist.all_reduce(values)
-                values /= world
-            now = time.perf_counter()
-            line = dict(step=step, **dict(zip(totals, values.tolist())), grad_norm=float(grad_norm), lr=learning_rate(step - 1, c),
+            rows = torch.stack([row for _, row, _ in recent]).tolist()                          # of steps; only here a GPU is waited for
+            now, norms, lost = time.perf_counter(), [row[-1] for row in rows if all(map(math.isfinite, row))], []
+            for (number, _, when), row in zip(recent, rows):
+                in_a_row = 0 if all(map(math.isfinite, row)) else in_a_row + 1
+                if in_a_row:
+                    lost.append(dict(step=number, loss=str(row[0]), grad_norm=str(row[-1]), **when))
+                    say(f"{stage}: skipped {json.dumps(lost[-1])}")
+                if in_a_row == MAX_SKIPPED:
+                    bar.close()
+                    raise UserError(f"{stage}: no finite loss and gradient in {MAX_SKIPPED} steps in a row, up to {number}; they changed no weight, and the last "
+                                    "checkpoint is kept; give a smaller --lr or --precision fp32")
+            skipped += len(lost)
+            finite = [value if math.isfinite(value) else None for value in rows[-1]]            # JSON knows no nan
+            line = dict(step=step, **dict(zip(totals, finite)), grad_norm=finite[-1], grad_max=max(norms, default=None), lr=learning_rate(step - 1, c),
                         images_per_s=round((step - logged[0]) * c["batch_size"] / (now - logged[1]), 1), seconds=round(elapsed + now - clock, 2))
-            logged = step, now
+            line |= dict(skipped=lost) if lost else {}
+            logged, recent = (step, now), []
             if device.type == "cuda":
                 line["peak_GB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
-                bar.close()
-                raise UserError(f"{stage}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step}; the last checkpoint is kept; "
-                                "give a smaller --lr or --precision fp32")
             if isinstance(images, list):                            # all processes stop, or none
                 bad = everyones(bad)
                 for name in sorted(bad - named):
                     say(f"--data: skipped {name}: cannot be read")
                 named = bad
                 refuse_unreadable(bad, len(images))
-            bar.set_postfix(dict(loss=f"{line['loss']:.3f}", mse=f"{line['mse']:.4f}", grad=f"{line['grad_norm']:.2f}", img_s=line["images_per_s"]), refresh=False)
+            shown = {name: "nan" if line[key] is None else f"{line[key]:.4g}" for name, key in dict(loss="loss", mse="mse", grad="grad_norm", grad_max="grad_max").items()}
+            bar.set_postfix(shown | dict(img_s=line["images_per_s"]) | (dict(skipped=skipped) if skipped else {}), refresh=False)
             if rank == 0:
                 with log_path.open("a") as log:
                     log.write(json.dumps(line) + "\n")
+                    if saving:
+                        log.flush()
+                        os.fsync(log.fileno())                      # no checkpoint without the lines that lead to it
             if wandb_run:
                 wandb_run.log(line, step=step)
 
@@ -656,7 +804,8 @@ def train(stage, args, data):
             if args.shard and world > 1:
                 optimizer.consolidate_state_dict(to=0)
             if rank == 0:
-                content = dict(stage=stage, step=step, seconds=elapsed + time.perf_counter() - clock, config=c, classes=classes, alpha=alpha,
+                content = dict(stage=stage, step=step, seconds=elapsed + time.perf_counter() - clock, skipped=skipped, listing=listing,
+                               config=c, classes=classes, alpha=alpha,
                                random=dict(seed=args.seed, next_sample=step * c["batch_size"]),
                                model=trained.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
                 if discriminator:
@@ -686,6 +835,9 @@ def train(stage, args, data):
                 with log_path.open("a") as log:
                     log.write(json.dumps(dict(step=step, scores=scores)) + "\n")
     bar.close()
+    if ending:
+        say(f"{stage}: {signal.Signals(ending).name}, saved at step {step}; the same command goes on")
+        raise SystemExit(128 + ending)
     if world > 1:
         dist.barrier()  # the next stage reads what the first process has just written
 
@@ -883,17 +1035,9 @@ def bench(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def bf16_pays(size=768):
-    """Whether this CPU multiplies bf16 matrices at least twice as fast as float32 ones; measured, since names deceive."""
-    def seconds(dtype):
-        a = torch.ones(size, size, dtype=dtype)
-        times = []
-        for _ in range(8):
-            clock = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - clock)
-        return min(times)
-    return 2 * seconds(torch.bfloat16) < seconds(torch.float32)
+def bf16_pays():
+    """Whether this CPU has instructions for bf16; without them it is slower than float32."""
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
 def start_wandb(args, c):
@@ -911,10 +1055,19 @@ def set_backends(args):
 
 
 def non_negative(text):
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
     return value
+
+
+def positive(text):
+    if not non_negative(text):
+        raise argparse.ArgumentTypeError("must be positive")
+    return float(text)
 
 
 def parse_arguments():
@@ -939,10 +1092,10 @@ def parse_arguments():
     how.add_argument("--steps", type=at_least(1), help="optimiser steps of a stage")
     how.add_argument("--batch_size", type=at_least(1), help="samples a step over all processes; for mid, trajectories")
     how.add_argument("--micro_batch", type=at_least(1), help="samples at a time on a process; the rest by accumulation (default: all)")
-    how.add_argument("--lr", type=float, help="peak learning rate")
+    how.add_argument("--lr", type=positive, help="peak learning rate")
     how.add_argument("--derivative", choices=("jvp", "fd"), default="jvp", help="du/dt: exact, or central difference (default jvp)")
     how.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32; on a CPU that is fast at it, bf16)")
-    how.add_argument("--delta", type=non_negative, help="step of the central difference (default 0.005)")
+    how.add_argument("--delta", type=positive, help="step of the central difference (default 0.005)")
     how.add_argument("--gap_share", type=non_negative, help="share of samples with r < t (default 0.25)")
     how.add_argument("--power", type=non_negative, help="of the adaptive weighting: 1 is log L, 0 the plain squared error (default 1; toy 0)")
     how.add_argument("--nodes", type=at_least(3), help="points of a teacher's trajectory in mid (default 17)")
@@ -957,6 +1110,7 @@ def parse_arguments():
     how.add_argument("--seed", type=at_least(0), default=0, help="of all random draws (default 0)")
     how.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     how.add_argument("--workers", type=at_least(0), help="processes a rank that read images from files (default: 8, if there are cores for them)")
+    how.add_argument("--timeout", type=positive, default=30, help="minutes that processes wait for one of them before they give up (default 30)")
     watch = parser.add_argument_group("what to write")
     watch.add_argument("--save_every", type=at_least(1), help="steps between checkpoints (default 2500; with --toy 500)")
     watch.add_argument("--sample_every", type=at_least(1), help="steps between pictures (default 2500; with --toy 500)")
@@ -986,13 +1140,9 @@ def parse_arguments():
         raise UserError(f"--encoder {args.encoder}: belongs to --stage rae without --toy; later stages use the encoder of their RAE")
     if args.resolution % 16:
         raise UserError(f"--resolution {args.resolution}: must be a multiple of 16")
-    if args.delta == 0:
-        raise UserError("--delta 0: must be positive")
     for flag in ("gap_share", "power"):
         if (getattr(args, flag) or 0) > 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
-    if args.lr is not None and not args.lr > 0:
-        raise UserError(f"--lr {args.lr}: must be positive")
     args.out = args.out or ("out/photographs" if args.data else "out/toy") * args.toy or f"out/{args.resolution}"
     for flag, toy, paper in (("save_every", 500, 2500), ("sample_every", 500, 2500), ("log_every", 10, 50)):
         setattr(args, flag, getattr(args, flag) or (toy if args.toy else paper))
@@ -1016,7 +1166,7 @@ def main():
     args = parse_arguments()
     set_backends(args)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=2))  # the first one also saves and draws
+        dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(minutes=args.timeout))
     if args.bench:
         return bench(args)
     if args.report:
@@ -1034,11 +1184,14 @@ def main():
             data = load_data(args) if args.stage != "mid" else None
             clock = time.perf_counter()
             for stage in [args.stage] if args.stage else TOY:
-                train(stage, args, data)
+                with Stop() as stop:
+                    train(stage, args, data, stop)
             if int(os.environ.get("RANK", 0)) == 0:
                 if args.toy and not args.stage:
                     toy_report(args, data)
                 tqdm.write(f"{(time.perf_counter() - clock) / 60:.1f} minutes", file=sys.stderr)
+    except RuntimeError as error:
+        raise lost_process(error) or error from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
