@@ -137,12 +137,17 @@ def exact(device):
     finally:
         torch.set_float32_matmul_precision(precision)
 
-def join_processes():
-    """Under torchrun: meet the other processes, and take the GPU of this one's rank."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+def join_processes(timeout=timedelta(days=1)):
+    """Under torchrun: meet the other processes, and take the GPU of this one's rank. Raises UserError where it has none."""
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if gpus:
+        if local >= gpus:
+            raise UserError(f"--nproc_per_node: more processes than GPUs ({gpus}); give as many")
+        torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # else a restart finds dead addresses in it
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout, store=store, rank=rank, world_size=world)
         atexit.register(dist.destroy_process_group)
 
 def place():

@@ -9,8 +9,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +33,7 @@ import sample
 import train
 
 HERE = Path(__file__).resolve().parent
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="runs under python test_all.py --slow")
 SIGMA = 0.6  # of the data of the linear-Gaussian flow
 
 
@@ -1182,6 +1185,262 @@ def test_reconstruction_command(photographs, trained, tmp_path):
     assert status == 0 and len([*(tmp_path / "pairs" / "reconstructions").iterdir()]) == len([*(tmp_path / "pairs" / "originals").iterdir()]) == 60
     a, b = (np.stack([np.asarray(Image.open(p), float) / 255 for p in sorted((tmp_path / "pairs" / f).iterdir())]) for f in ("reconstructions", "originals"))
     assert f"PSNR {np.mean(-10 * np.log10(((a - b) ** 2).mean((1, 2, 3)))):.2f} dB, SSIM" in output and "rFID: python fid.py" in output
+
+
+# --- faults: what a run survives --------------------------------------------------------------------------------------
+
+SERVER = """
+import json, os, sys, traceback, torch
+torch.set_num_threads(1)
+import rae, train
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" in job:
+        answer = os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])
+    elif (answer := os.fork()) == 0:
+        os.environ.update(job["environment"])
+        sys.argv, code = ["train.py", *job["arguments"]], 0
+        os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        try:
+            exec(job["fault"])
+            rae.run_main(train.main)
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(answer, flush=True)
+"""
+AT_STEP = "real, done = train.learning_rate, []\ndef at(step, c):\n    if step == %d and not done:\n        done.append(1)\n        %s\n    return real(step, c)\ntrain.learning_rate = at"
+
+
+class Forks:
+    """Runs of train.py as forks of a process that has imported it, so that a run starts at once; `fault` is Python run before it."""
+
+    def __init__(self, folder):
+        self.output, self.ports = folder / "output.txt", iter(range(20_000 + os.getpid() % 20_000, 60_000))
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE,
+                                       env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+    def ask(self, **job):
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, arguments, world=1, faults=("", "")):
+        """-> process numbers, one for each rank."""
+        self.output.write_text("")
+        port = next(self.ports)
+        ranks = [{} if world == 1 else dict(WORLD_SIZE=world, RANK=r, LOCAL_RANK=r, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(world)]
+        return [self.ask(arguments=[str(a) for a in arguments], output=str(self.output), fault=fault, environment={k: str(v) for k, v in rank.items()})
+                for rank, fault in zip(ranks, faults)]
+
+    def wait(self, pids):
+        return [self.ask(wait=pid) for pid in pids]
+
+    def run(self, *arguments, world=1, faults=("", "")):
+        """-> (exit status of each rank, what they wrote, less the configuration)."""
+        status = self.wait(self.start(arguments, world, faults))
+        return status, [line for line in re.split("[\r\n]+", self.output.read_text()) if line.strip() and not line.startswith("{") and "%|" not in line]
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.server.kill()
+
+
+def wait_for(condition):
+    end = time.time() + 60
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.001)
+
+
+def a_run(trained, photographs, out, stage, *more):
+    """The command of a short run of a stage, and what it starts from."""
+    out.mkdir(exist_ok=True)
+    copy_inputs(trained, out, *[s for s in train.TOY if s != stage])
+    return ("--toy", "--data", photographs, "--out", out, "--stage", stage, *TINY, "--steps", 6, *more)
+
+
+def assert_undisturbed(out, straight, stage, steps=6):
+    """Weights, EMA and moments bit for bit, and a log with every step once."""
+    ours, theirs = (rae.load_file(folder / f"{stage}.pt") for folder in (out, straight))
+    for part in ("model", "ema"):
+        assert [k for k, v in theirs[part].items() if not torch.equal(v, ours[part][k])] == []
+    assert all(torch.equal(a, b) for k in theirs["optimizer"]["state"] for a, b in zip(theirs["optimizer"]["state"][k].values(), ours["optimizer"]["state"][k].values()))
+    lines = [[json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()] for folder in (out, straight)]
+    told = [[(line["step"], line["loss"], line["grad_norm"], line["grad_max"]) for line in log if "loss" in line] for log in lines]
+    assert told[0] == told[1] and [step for step, *_ in told[0]] == list(range(1, steps + 1))
+
+
+@pytest.fixture(scope="module")
+def straight(forks, trained, photographs, tmp_path_factory):
+    """Folder of an undisturbed run of a stage by so many processes, and how long it took; each is made once."""
+    made = {}
+
+    def get(stage="mid", world=1):
+        if (stage, world) not in made:
+            folder, clock = tmp_path_factory.mktemp("straight"), time.time()
+            status, lines = forks.run(*a_run(trained, photographs, folder, stage), world=world)
+            assert status == [0] * world, lines
+            made[stage, world] = folder, time.time() - clock
+        return made[stage, world]
+    return get
+
+
+def kill_and_continue(forks, trained, photographs, straight, folder, stage, kills, world=1, seed=0):
+    """`kills` runs killed with SIGKILL, every other one while it saves, each continued to its end -> kills that left a checkpoint half written."""
+    draw, saving, (undisturbed, length) = np.random.default_rng(seed), 0, straight(stage, world)
+    for i in range(kills):
+        out = folder / f"{i}"
+        command, temporary, status = a_run(trained, photographs, out, stage), out / f"{stage}.pt.tmp", [0]
+        while -9 not in status:                                     # one that was done before it was hit does not count
+            shutil.rmtree(out)
+            pids = forks.start(a_run(trained, photographs, out, stage), world)
+            if i % 2:
+                wait_for(temporary.exists)
+            time.sleep(draw.uniform(0, 0.02 if i % 2 else length))
+            os.kill(pids[draw.integers(world)], 9)
+            status = forks.wait(pids)
+        assert all(code in (-9, 2) for code in status) and (world == 1 or "another process is dead" in forks.output.read_text() or status == [-9, -9]), forks.output.read_text()
+        saving += temporary.exists()
+        status, lines = forks.run(*command, world=world)
+        assert status == [0] * world, lines
+        assert_undisturbed(out, undisturbed, stage)
+        shutil.rmtree(out)
+    return saving
+
+
+def test_killed_runs_end_as_undisturbed_ones(forks, trained, photographs, straight, tmp_path):
+    assert kill_and_continue(forks, trained, photographs, straight, tmp_path, "mid", kills=4)
+
+
+@slow
+@pytest.mark.parametrize("world", (1, 2))
+@pytest.mark.parametrize("stage", [*train.TOY])
+def test_chaos(stage, world, forks, trained, photographs, straight, tmp_path):
+    saving = kill_and_continue(forks, trained, photographs, straight, tmp_path, stage, kills=20, world=world)
+    print(f"{stage}, {world} process(es): 20 of 20 equal, {saving} of them killed with a checkpoint half written")
+
+
+@pytest.mark.parametrize("moment", (1, 2))
+def test_killed_between_the_two_renames_of_saving(moment, forks, trained, photographs, straight, tmp_path):
+    """Before the first the old checkpoint is the newest; between them it waits under its second name."""
+    die = f"import signal, pathlib\nreal, calls = pathlib.Path.replace, []\ndef replace(*a):\n    calls.append(a)\n    if len(calls) == {1 + moment}: os.kill(os.getpid(), 9)\n    return real(*a)\npathlib.Path.replace = replace"
+    command = a_run(trained, photographs, tmp_path / "out", "mid")
+    assert forks.run(*command, faults=[die])[0] == [-9]
+    assert (tmp_path / "out" / "mid.pt").exists() == (moment == 1) and (tmp_path / "out" / "mid.previous.pt").exists() == (moment == 2)
+    status, lines = forks.run(*command)
+    assert status == [0] and any("mid.pt: gone; going on from" in line for line in lines) == (moment == 2), lines
+    assert_undisturbed(tmp_path / "out", straight("mid", 1)[0], "mid")
+
+
+@pytest.mark.parametrize("name, world", (("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGTERM", 2)))
+def test_signals_save_and_end(name, world, forks, trained, photographs, straight, tmp_path):
+    number = getattr(signal, name)
+    command = a_run(trained, photographs, tmp_path / "out", "mid")
+    here = AT_STEP % (2, f"os.kill(os.getpid(), {number})")
+    status, lines = forks.run(*command, world=world, faults=["", here][-world:])                # of two processes, the second alone hears it
+    assert status == [128 + number] * world and f"mid: {name}, saved at step 3; the same command goes on" in lines, lines
+    assert rae.load_file(tmp_path / "out" / "mid.pt")["step"] == 3
+    assert forks.run(*command, world=world)[0] == [0] * world
+    assert_undisturbed(tmp_path / "out", straight("mid", world)[0], "mid")
+
+
+def test_full_disk_leaves_the_last_checkpoint(forks, trained, photographs, straight, tmp_path):
+    command = a_run(trained, photographs, tmp_path, "mid")
+    assert forks.run(*command, "--steps", 2)[0] == [0]
+    before = (tmp_path / "mid.pt").read_bytes()
+    status, lines = forks.run(*command, faults=[f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)"])
+    assert status == [2] and len(lines) == 1 and re.search("^train.py: .*mid.pt: step 4 cannot be saved .File too large.*is kept", lines[0].replace("[Errno 27] ", "")), lines
+    assert (tmp_path / "mid.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    (tmp_path / "file").write_text("")
+    status, lines = forks.run(*command, "--out", tmp_path / "file", "--rae", tmp_path / "rae.pt", "--teacher", tmp_path / "flow.pt")
+    assert status == [2] and len(lines) == 1 and "file: cannot be written" in lines[0], lines
+
+
+def test_damaged_checkpoints_are_named_and_the_one_before_is_used(forks, trained, photographs, straight, tmp_path):
+    command, path = a_run(trained, photographs, tmp_path / "out", "mid"), tmp_path / "out" / "mid.pt"
+    assert forks.run(*command, "--steps", 4)[0] == [0]
+    whole, evidence = path.read_bytes(), tmp_path / "executed"
+    path.write_bytes(whole[:-1000])
+    status, lines = forks.run(*command)
+    assert status == [0] and re.search("mid.pt: .*; going on from .*mid.previous.pt", lines[0]), lines
+    assert_undisturbed(tmp_path / "out", straight("mid", 1)[0], "mid")
+    assert path.with_suffix(".damaged.pt").read_bytes() == whole[:-1000]
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {evidence}",)
+    for damage in (lambda p: torch.save(Hostile(), p), lambda p: p.write_bytes(b"PK\3\4 not a checkpoint"), lambda p: torch.save({"x": torch.ones(3)}, p)):
+        path.with_suffix(".previous.pt").unlink(missing_ok=True)
+        damage(path)
+        before = path.read_bytes()
+        status, lines = forks.run(*command)
+        assert status == [2] and len(lines) == 1 and lines[0].startswith(f"train.py: {path}"), lines
+        assert path.read_bytes() == before and not evidence.exists()
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_a_step_without_finite_gradient_changes_nothing_and_ten_end_the_run(world, forks, trained, photographs, straight, tmp_path):
+    """The noise of sample 31, the last of step 4, is not a number; of two processes, one draws it."""
+    spoil = "real = train.Samples.__getitem__\ndef draw(self, n):\n    s = real(self, n)\n    if %s: s['noise'].fill_(float('nan'))\n    return s\ntrain.Samples.__getitem__ = draw"
+    command = a_run(trained, photographs, tmp_path, "distill", "--save_every", 1)
+    status, lines = forks.run(*command, "--steps", 4, world=world, faults=[spoil % "n == 31"] * 2)
+    assert status == [0] * world and "distill: skipped" in lines[0], lines
+    before, after = (rae.load_file(tmp_path / name) for name in ("distill.previous.pt", "distill.pt"))
+    assert (before["step"], before["skipped"], after["step"], after["skipped"]) == (3, 0, 4, 1)
+    assert all(torch.equal(v, after["model"][k]) for k, v in before["model"].items())
+    assert all(torch.equal(a, b) for k, v in before["optimizer"]["state"].items() for a, b in zip(v.values(), after["optimizer"]["state"][k].values()))
+    line = json.loads((tmp_path / "distill.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 4 and line["loss"] is None and line["skipped"][0]["step"] == 4 and line["skipped"][0]["loss"] == "nan"
+    low, mean, high = line["skipped"][0]["t"]
+    assert 0 < low < mean < high < 1 and all(a <= b for a, b in zip(line["skipped"][0]["r"], line["skipped"][0]["t"]))
+    status, lines = forks.run(*command, "--steps", 40, "--log_every", 3, "--save_every", 100, world=world, faults=[spoil % "n > 60"] * 2)
+    assert status == [2] * world and "no finite loss and gradient in 10 steps in a row, up to 17" in lines[-1], lines
+    assert rae.load_file(tmp_path / "distill.pt")["step"] == 4
+    status, lines = forks.run(*command, "--steps", 8, world=world)
+    assert status == [0] * world and sorted(losses(tmp_path, "distill")) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_folder_that_vanishes_or_changes(photographs, tmp_path, monkeypatch, capsys):
+    shutil.copytree(photographs, tmp_path / "data")
+    paper = ("--data", tmp_path / "data", "--resolution", 32, "--model", "toy", *TINY, "--workers", 0, "--stage", "rae", "--encoder", TINY_VIT, *RANDOM,
+             "--adversarial", 0, "--perceptual", 0, "--out", tmp_path / "out")
+    real = train.learning_rate
+    with monkeypatch.context() as vanishing, pytest.raises(rae.UserError, match=r"--data: \d+ of 60 images cannot be read, more than 1 in 1000: .*0.jpg"):
+        vanishing.setattr(train, "learning_rate", lambda step, c: (shutil.rmtree(tmp_path / "data", ignore_errors=True) if step == 2 else None, real(step, c))[1])
+        in_process(vanishing, *paper)
+    assert rae.load_file(tmp_path / "out" / "rae.pt")["step"] == 2
+    shutil.copytree(photographs, tmp_path / "data")
+    shutil.copy(photographs / "0" / "0.jpg", tmp_path / "data" / "1" / "new.jpg")
+    in_process(monkeypatch, *paper)
+    assert re.search(r"--data: 60 images \(\w+\) when this stage was started, 61 images", capsys.readouterr().err)
+
+
+def test_a_hung_process_ends_the_others_wait(forks, trained, photographs, straight, tmp_path):
+    command = a_run(trained, photographs, tmp_path, "mid", "--timeout", 0.05)
+    pids = forks.start(command, 2, ["", AT_STEP % (3, "__import__('time').sleep(1000)")])
+    assert forks.wait(pids[:1]) == [2] and re.search("train.py: process 0: another process is dead, or hung for longer than --timeout", forks.output.read_text())
+    os.kill(pids[1], 9)
+    assert forks.wait(pids[1:]) == [-9] and rae.load_file(tmp_path / "mid.pt")["step"] == 2
+    assert forks.run(*command[:-2], world=2)[0] == [0, 0] and sorted(losses(tmp_path, "mid")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_torchrun_restarts_after_a_dead_process(forks, trained, photographs, straight, tmp_path):
+    script, once = tmp_path / "dies.py", tmp_path / "once"
+    fault = AT_STEP % (3, f"os.environ['RANK'] == '1' and not os.path.exists('{once}') and (open('{once}', 'w'), os.kill(os.getpid(), 9))")
+    script.write_text(f"import os, rae, train\n{fault}\nrae.run_main(train.main)\n")
+    status, output = run("torchrun", "--standalone", "--nproc_per_node=2", "--max_restarts=1", script, *a_run(trained, photographs, tmp_path / "out", "mid"))
+    assert status == 0 and once.exists(), output
+    assert_undisturbed(tmp_path / "out", straight("mid", 2)[0], "mid")
 
 
 # --- README -----------------------------------------------------------------------------------------------------------

@@ -571,7 +571,7 @@ def lost_process(error):
 # One stage, from top to bottom
 
 def train(stage, args, data, stop):
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = fid.place()
     device, out, save_to = torch.device(args.device), Path(args.out), Path(args.save_to)
     say = (lambda text: tqdm.write(text, file=sys.stderr)) if rank == 0 else (lambda text: None)
     c = resolve(stage, args)
@@ -737,6 +737,8 @@ def train(stage, args, data, stop):
             if alpha:
                 times.append((t, r))
         grad_norm = nn.utils.clip_grad_norm_(weights, c["clip"] or math.inf)
+        if judged:
+            totals["d_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.heads.parameters(), math.inf)
         values = torch.stack([*totals.values()])
         if world > 1:
             dist.all_reduce(values)
@@ -755,9 +757,9 @@ def train(stage, args, data, stop):
 
         recent.append((step, torch.cat([values, grad_norm[None]]), spread(times)))
         ending, last = stop.agreed(), step == c["steps"]
-        scoring = scorer and (last or step % args.eval_every == 0)
+        scoring = scorer and not ending and (last or step % args.eval_every == 0)
         saving = last or scoring or ending or step % args.save_every == 0
-        if saving or step % args.log_every == 0 or step == start + 1:
+        if saving or step % args.log_every == 0 or step == 1:
             rows = torch.stack([row for _, row, _ in recent]).tolist()                          # of steps; only here a GPU is waited for
             now, norms, lost = time.perf_counter(), [row[-1] for row in rows if all(map(math.isfinite, row))], []
             for (number, _, when), row in zip(recent, rows):
@@ -1149,14 +1151,6 @@ def parse_arguments():
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if args.device in (None, "cuda") and torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node: more processes than GPUs ({torch.cuda.device_count()}); give as many")
-        torch.cuda.set_device(local)
-    args.device = pick_device(args.device)
-    if args.precision is None:
-        args.precision = "bf16" if args.device == "cpu" and args.toy and bf16_pays() else "fp32"
     return args
 
 
@@ -1164,9 +1158,10 @@ def main():
     for words in ("torch.jit.script", "broadcast_buffers"):            # told about torch's own insides, not about this run
         warnings.filterwarnings("ignore", message=f".*{words}.*")
     args = parse_arguments()
+    fid.join_processes(timedelta(minutes=args.timeout))
+    args.device = pick_device(args.device)
+    args.precision = args.precision or ("bf16" if args.device == "cpu" and args.toy and bf16_pays() else "fp32")
     set_backends(args)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(minutes=args.timeout))
     if args.bench:
         return bench(args)
     if args.report:
@@ -1192,9 +1187,6 @@ def main():
                 tqdm.write(f"{(time.perf_counter() - clock) / 60:.1f} minutes", file=sys.stderr)
     except RuntimeError as error:
         raise lost_process(error) or error from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
