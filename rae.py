@@ -16,8 +16,11 @@ import difflib
 import json
 import os
 import re
+import stat
 import sys
 import time
+import zipfile
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -481,16 +484,39 @@ def one_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def load_file(path):
-    """torch.load of a checkpoint, on the CPU, tensors and plain containers only. Raises UserError naming the file."""
+@contextmanager
+def reading(path, what):
+    """Whatever a damaged file makes its reader raise (PIL, zipfile, torch and numpy have dozens of kinds) becomes one line that names it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a checkpoint file") from None
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it") from None
     except Exception as error:
-        raise UserError(f"{path}: not a readable checkpoint, or cut short ({type(error).__name__}); make or fetch it again") from None
+        raise UserError(f"{path}: {what} ({type(error).__name__}: {one_line(error)}); make or fetch it again") from None
+
+
+def load_file(path):
+    """torch.load of a checkpoint, on the CPU, tensors and plain containers only. Raises UserError naming the file.
+
+    torch.load ignores the checksums in a file of its own, and would take a tensor with a flipped byte: they are checked first.
+    """
+    with reading(path, "not a readable checkpoint, or cut short"):
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise UserError(f"{path}: is a folder, not a checkpoint file")
+        if not stat.S_ISREG(status.st_mode):  # reading from a pipe might never end
+            raise UserError(f"{path}: is not a regular file")
+        if status.st_size == 0:
+            raise UserError(f"{path}: is empty; make or fetch it again")
+        if zipfile.is_zipfile(path):  # else it may be of torch's old format, which has no checksums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise UserError(f"{path}: is damaged, it does not match its own checksums; make or fetch it again")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_weights(path, content=None):

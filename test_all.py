@@ -535,6 +535,42 @@ def test_rae_encodes_normalised_latents_and_packs_into_a_file(tmp_path):
     assert torch.equal(again.encode(images), z) and torch.equal(again.decode(z), model.decode(z))
 
 
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+def test_load_file_takes_whole_checkpoints_only(tmp_path):
+    content, path = dict(x=torch.randn(300, 9), y=[dict(z=torch.arange(50)), "word", None], step=3), tmp_path / "x.pt"
+    torch.save(content, path)
+    whole = path.read_bytes()
+    for place in [*np.linspace(0, len(whole) - 1, 30, dtype=int), whole.index(content["x"].numpy().tobytes()) + 999]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1:])
+        try:
+            got = rae.load_file(path)
+        except rae.UserError as error:
+            assert re.search(r"x.pt: (is damaged|not a readable)", str(error)) and "\n" not in str(error)
+        else:  # a byte without a meaning, of padding or of a date
+            assert torch.equal(got["x"], content["x"]) and torch.equal(got["y"][0]["z"], content["y"][0]["z"]) and got["y"][1:] == content["y"][1:]
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(rae.load_file(path)["x"], content["x"])  # torch's old format has no checksums
+    torch.save(Hostile(), tmp_path / "hostile.pt")
+    torch.save([Hostile()], tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name, data in (("empty", b""), ("text", b"no checkpoint"), ("cut", whole[:len(whole) // 2]), ("old_cut", path.read_bytes()[:900]), ("locked", whole)):
+        (tmp_path / f"{name}.pt").write_bytes(data)
+    np.savez(tmp_path / "zip.npz", np.zeros(3))
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "locked.pt").chmod(0)
+    for name, problem in (("hostile.pt", "not a readable"), ("old.pt", "not a readable"), ("empty.pt", "is empty"), ("text.pt", "not a readable"), ("cut.pt", "not a readable"),
+                          ("old_cut.pt", "not a readable"), ("zip.npz", "not a readable"), ("pipe.pt", "is not a regular file"), ("/dev/null", "is not a regular file"),
+                          ("none.pt", "no such file"), ("text.pt/x.pt", "not a readable"), (".", "is a folder"), ("locked.pt", "no permission to read it")):
+        if name == "locked.pt" and os.access(tmp_path / name, os.R_OK):
+            continue  # root may read anything
+        with pytest.raises(rae.UserError, match=f"{name}: {problem}" if name != "." else problem) as refusal:
+            rae.load_file(tmp_path / name)
+        assert "\n" not in str(refusal.value)
+
+
 def test_latent_statistics_are_exact_in_any_batches_and_order():
     z = torch.randn(50, 3, 2, 2) * 3 + 100
     results = []
