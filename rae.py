@@ -46,6 +46,7 @@ DECODERS = {
 LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
 LPIPS_FILE = "lpips-vgg-a78928a0.pth"  # ends in the first digits of its sha256, which the download is held against
 HUB = "nyu-visionx/RAE-collections"  # Hugging Face repository of the published weights, and where each file lies in it
+HUB_REVISION = "main"  # a commit hash pins it; which one could not be looked up without a network
 HUB_FILES = {
     256: dict(decoder="decoders/dinov2/wReg_base/ViTXL_n08/model.pt", statistics="stats/dinov2/wReg_base/imagenet1k/stat.pt",
               teacher="DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt"),
@@ -134,14 +135,24 @@ def timm_network(name, weights, flag, **options):
     return net.eval().requires_grad_(False)
 
 
+def known_to_timm(name):
+    """Whether timm itself has this model: not "hf-hub:someone/model" or "local-dir:folder", for which it would go and look.
+
+    The name may come from a checkpoint that somebody else made.
+    """
+    return isinstance(name, str) and timm.is_model(name) and ("." not in name or name in timm.list_pretrained(name))
+
+
 def patch_size_of(name):
     """Patch side in pixels of a vision transformer of timm; UserError where `name` is none."""
+    if not known_to_timm(name):
+        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0.5)
+        raise UserError(f"--encoder {name}: no model of timm" + f"; near it: {', '.join(near)}" * bool(near))
     try:
         with torch.device("meta"):
             net = timm.create_model(name)
-    except Exception as error:  # a name that timm does not know
-        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0.5)
-        raise UserError(f"--encoder {name}: {one_line(error)}" + f"; near it: {', '.join(near)}" * bool(near)) from None
+    except Exception as error:
+        raise UserError(f"--encoder {name}: timm cannot make it ({one_line(error)})") from None
     if not isinstance(getattr(net, "num_prefix_tokens", None), int):
         raise UserError(f"--encoder {name}: not a plain vision transformer; give one of timm's ViTs, such as {DINOV2}")
     return net.patch_embed.patch_size[0]
@@ -245,7 +256,14 @@ class Decoder(nn.Module):
         return x * IMAGENET_STD.to(x) + IMAGENET_MEAN.to(x)
 
 
-def convert_decoder(published):
+def infer_decoder(state):
+    """The arguments of Decoder that its state dict was made with, read off its shapes: all but num_heads."""
+    hidden, channels = state["embed.weight"].shape
+    return dict(latent_dim=channels, grid=round((state["pos_embed"].shape[1] - 1) ** 0.5), patch_size=round((len(state["head.bias"]) / 3) ** 0.5),
+                hidden_size=hidden, depth=sum(key.endswith("norm1.weight") for key in state), mlp_hidden=len(state["blocks.0.mlp.fc1.bias"]))
+
+
+def convert_decoder(published, path="the decoder"):
     """State dict of a published RAE decoder (transformers' ViTMAE names) -> state dict of Decoder.
 
     Query, key and value are stacked into one matrix; everything else is renamed. Raises UserError on other tensors.
@@ -264,9 +282,9 @@ def convert_decoder(published):
                                      ("layernorm_before", "norm1"), ("layernorm_after", "norm2")):
                     state[f"blocks.{i}.{ours}.{kind}"] = take(theirs)
     except KeyError as missing:
-        raise UserError(f"not a published RAE decoder: tensor {missing} is missing") from None
+        raise UserError(f"{path}: not a published RAE decoder, tensor {missing} is missing") from None
     if p:
-        raise UserError(f"not a published RAE decoder: unexpected tensor {sorted(p)[0]}")
+        raise UserError(f"{path}: not a published RAE decoder, unexpected tensor {one_line(min(p))}")
     return state
 
 
@@ -290,7 +308,7 @@ class PerceptualDistance(nn.Module):
         else:
             state, path = self.fetch_heads(lpips_weights), lpips_weights or LPIPS_URL
             names = [f"lin{i}.model.1.weight" for i in range(5)]
-            if sorted(state) != names or [state[name].numel() for name in names] != [*widths]:
+            if sorted(state) != names or not all(plain(state[name]) and state[name].numel() == width for name, width in zip(names, widths)):
                 raise UserError(f"{path}: not the linear heads of LPIPS on VGG (tensors {names[0]} to {names[-1]} of {widths} numbers)")
             heads = [state[name].flatten() for name in names]                                   # 5 x (C,)
         for i, head in enumerate(heads):
@@ -463,17 +481,31 @@ class RAE(nn.Module):
         return dict(encoder=self.encoder_config, decoder=self.decoder.config, state=state)
 
 
-def unpack_rae(packed, with_encoder=False, encoder_weights=None):
-    """Undo RAE.packed(). A public encoder is fetched only where with_encoder asks for it."""
-    state = packed["state"]
-    options = packed["encoder"] | (dict(weights=encoder_weights) if encoder_weights else {})
-    encoder = Encoder(**options) if with_encoder or packed["encoder"]["name"] == "toy" else None
-    rae = RAE(encoder, Decoder(**packed["decoder"]), state.get("mean"), state.get("var"))
-    rae.encoder_config = packed["encoder"]  # known even where the encoder itself is not needed
-    missing, odd = rae.load_state_dict(state, strict=False)
-    missing = [k for k in missing if not k.startswith("encoder.") or packed["encoder"]["name"] == "toy"]
-    if missing or odd:
-        raise UserError(f"the RAE in this checkpoint is damaged: tensor {(missing + odd)[0]} is {'missing' if missing else 'unexpected'}")
+def unpack_rae(packed, with_encoder=False, encoder_weights=None, path="this checkpoint"):
+    """Undo RAE.packed(). A public encoder is fetched only where with_encoder asks for it. Raises UserError that names `path`.
+
+    The file may be anybody's, so sizes are read off its tensors, and the encoder must be one that timm knows by name.
+    """
+    with reading(path, "its RAE is damaged"):
+        state, given, num_heads = packed["state"], packed["encoder"], packed["decoder"]["num_heads"]
+        config = infer_decoder({key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.")})
+        channels, grid, side = config["latent_dim"], config["grid"], config["grid"] * config["patch_size"]
+        encoder = dict(name=given["name"], image_size=side, channels=channels) | (dict(weights="random") if "weights" in given else {})
+        if encoder["name"] != "toy" and not known_to_timm(encoder["name"]):
+            raise UserError(f"{path}: its encoder {one_line(repr(encoder['name']))} is no model of timm")
+        if encoder != given:
+            raise UserError(f"{path}: its encoder {one_line(repr(given))} is not that of its decoder, {encoder}")
+        if type(num_heads) is not int or num_heads < 1:
+            raise UserError(f"{path}: the num_heads of its decoder are {one_line(repr(num_heads))}, not a number of at least 1")
+        with torch.device("meta"):
+            moments = [torch.empty(channels, grid, grid) if key in state else None for key in ("mean", "var")]
+            rae = RAE(Encoder(**encoder) if encoder["name"] == "toy" else None, Decoder(**config, num_heads=num_heads), *moments)
+        fill(rae, state, path)
+    rae.encoder_config = encoder  # known even where the encoder itself is not needed
+    if with_encoder and rae.encoder is None:
+        rae.encoder = Encoder(encoder["name"], side, encoder_weights or encoder.get("weights"))
+        if rae.encoder.shape != (channels, grid, grid):
+            raise UserError(f"{path}: its decoder takes latents {(channels, grid, grid)}, but {encoder['name']} gives {rae.encoder.shape}")
     return rae.eval().requires_grad_(False)
 
 
@@ -522,56 +554,85 @@ def load_file(path):
 def load_weights(path, content=None):
     """State dict of a file that holds it bare or under "ema" / "model", with or without wrappers' prefixes."""
     content = load_file(path) if content is None else content
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no state dict")
-    state = next((content[key] for key in ("ema", "model") if isinstance(content.get(key), dict)), content)
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
+    state = content
+    if isinstance(content, dict):
+        state = next((content[key] for key in ("ema", "model") if content.get(key) is not None), content)
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds no state dict, but {type(state).__name__}")
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state.items() if value is not None}
+    for key, value in state.items():
+        if not torch.is_tensor(value):
+            raise UserError(f"{path}: holds no state dict, '{one_line(key)}' is {type(value).__name__} and no tensor")
+    return state
 
 
-def hub_file(kind, resolution, flag):
-    """Where a published file lies in the hub's repository. Raises UserError where there is none of this resolution."""
+def plain(x):
+    """Whether x is a tensor of real numbers in memory, as weights are: a file may also hold sparse, quantised or empty ones."""
+    return torch.is_tensor(x) and x.is_floating_point() and x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested
+
+
+def fill(net, state, path):
+    """Give a network made on the "meta" device its weights, in float32: no time and memory goes into weights that are replaced.
+
+    Raises UserError that names the first tensor that is missing, unexpected, of another shape, or none of real numbers.
+    """
+    wanted = net.state_dict()
+    for key in [*wanted, *state]:
+        if key not in state:
+            problem = "is missing"
+        elif key not in wanted:
+            problem = "is unexpected"
+        elif not plain(state[key]):
+            problem = f"is {state[key].dtype if torch.is_tensor(state[key]) else type(state[key]).__name__}, not a plain tensor of real numbers"
+        elif state[key].shape != wanted[key].shape:
+            problem = f"is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
+        else:
+            continue
+        raise UserError(f"{path}: tensor {one_line(key)} {problem}")
+    net.load_state_dict({key: value.float().contiguous() for key, value in state.items()}, assign=True)
+
+
+def fetch(kind, resolution, flag, folder=None):
+    """Path of a published file ("decoder", "statistics" or "teacher"): in `folder`, laid out like the hub's repository, or
+    downloaded to the hub's cache on first use."""
     if resolution not in HUB_FILES:
         raise UserError(f"no published {kind} for resolution {resolution}, only for {' and '.join(map(str, HUB_FILES))}; give ours with {flag}")
-    return HUB_FILES[resolution][kind]
-
-
-def fetch(kind, resolution, flag):
-    """Path of a published file ("decoder", "statistics" or "teacher"), downloaded to the hub's cache on first use."""
+    name = HUB_FILES[resolution][kind]
+    if folder:
+        return Path(folder) / name
     from huggingface_hub import hf_hub_download
-    name = hub_file(kind, resolution, flag)
     try:
-        return hf_hub_download(HUB, name)
+        return hf_hub_download(HUB, name, revision=HUB_REVISION)
     except Exception as error:
         raise UserError(f"no {kind} for resolution {resolution}: looked for {name} of {HUB} in the local cache and on the Hugging Face "
                         f"hub ({type(error).__name__}); give a local path with {flag}") from None
 
 
 def published_rae(resolution, folder=None, with_encoder=False, encoder_weights=None):
-    """The published RAE of a resolution, from the hub or from a folder laid out like it. Its size is read off its tensors."""
-    paths = {kind: Path(folder) / hub_file(kind, resolution, "--rae") if folder else fetch(kind, resolution, "--rae") for kind in ("decoder", "statistics")}
-    decoder = convert_decoder(load_weights(paths["decoder"]))
-    hidden, channels = decoder["embed.weight"].shape
-    grid = round((decoder["pos_embed"].shape[1] - 1) ** 0.5)
+    """The published RAE of a resolution, from the hub or from a folder laid out like it."""
+    path, moments_path = (fetch(kind, resolution, "--rae", folder) for kind in ("decoder", "statistics"))
+    with reading(path, "not a published RAE decoder"):
+        decoder = convert_decoder(load_weights(path), path)
+        channels, grid, hidden = (infer_decoder(decoder)[key] for key in ("latent_dim", "grid", "hidden_size"))
     heads = next((size["num_heads"] for size in DECODERS.values() if size["hidden_size"] == hidden), hidden // 64)
-    config = dict(latent_dim=channels, grid=grid, patch_size=round((len(decoder["head.bias"]) / 3) ** 0.5), hidden_size=hidden, num_heads=heads,
-                  depth=sum(key.endswith("norm1.weight") for key in decoder), mlp_hidden=len(decoder["blocks.0.mlp.fc1.bias"]))
-    statistics = {key: value for key, value in load_weights(paths["statistics"]).items() if value is not None}
-    if "var" not in statistics or not {"mean", "var"} >= set(statistics):
-        raise UserError(f"{paths['statistics']}: no latent statistics, which are tensors 'var' and perhaps 'mean', but {', '.join(sorted(statistics)[:5])}")
-    for key, value in statistics.items():
-        if value.numel() != channels * grid * grid:
-            raise UserError(f"{paths['statistics']}: '{key}' is {tuple(value.shape)}, but the decoder takes latents {(channels, grid, grid)}")
-    state = {f"decoder.{k}": v for k, v in decoder.items()} | {k: v.view(channels, grid, grid) for k, v in statistics.items()}
+    with reading(moments_path, "no latent statistics"):
+        moments = load_weights(moments_path)
+        if "var" not in moments or not {"mean", "var"} >= set(moments):
+            raise UserError(f"{moments_path}: no latent statistics, which are tensors 'var' and perhaps 'mean', but {one_line(', '.join(sorted(moments)))}")
+        for key, value in moments.items():
+            if not plain(value) or value.numel() != channels * grid * grid:
+                raise UserError(f"{moments_path}: '{key}' is {tuple(value.shape)}, but the decoder takes latents {(channels, grid, grid)} of real numbers")
+    state = {f"decoder.{key}": value for key, value in decoder.items()} | {key: value.reshape(channels, grid, grid) for key, value in moments.items()}
     encoder = dict(name=DINOV2, image_size=resolution, channels=channels)
-    return unpack_rae(dict(encoder=encoder, decoder=config, state=state), with_encoder, encoder_weights)
+    return unpack_rae(dict(encoder=encoder, decoder=dict(num_heads=heads), state=state), with_encoder, encoder_weights, path)
 
 
 def load_rae(path, device="cpu", with_encoder=True, encoder_weights=None):
     """The RAE inside any checkpoint of ours. Raises UserError naming the file."""
     content = load_file(path)
-    if not isinstance(content, dict) or not content.get("rae"):
+    if not isinstance(content, dict) or content.get("rae") is None:
         raise UserError(f"{path}: holds no RAE; give a checkpoint of train.py from the stage rae or later")
-    return unpack_rae(content["rae"], with_encoder, encoder_weights).to(device)
+    return unpack_rae(content["rae"], with_encoder, encoder_weights, path).to(device)
 
 
 def rae_from(given, resolution, with_encoder=True, encoder_weights=None):

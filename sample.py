@@ -31,7 +31,7 @@ from tqdm import tqdm
 import meanflow
 from dit import DiTDH, infer_config
 from fid import fingerprint, join_processes, place
-from rae import Parser, UserError, at_least, load_file, load_weights, one_line, pick_device, rae_from, run_main, unpack_rae
+from rae import Parser, UserError, at_least, fill, load_file, load_weights, one_line, pick_device, rae_from, reading, run_main, unpack_rae
 
 WRITERS = 8  # threads a process that encode and write; with one PNG an image, fewer would keep a fast GPU waiting
 
@@ -134,11 +134,17 @@ def load_network(path):
         what = next((name for key, name in known.items() if key in state), "a checkpoint without a velocity network")
         what = f"a checkpoint of the stage {content['stage']}, which holds no velocity network" if isinstance(content.get("stage"), str) else what
         raise UserError(f"{path}: {what}; give a checkpoint of flow, mid, distill or bootstrap, or released DiTDH weights")
-    try:
-        model = DiTDH(**infer_config(state))
-        model.load_state_dict(state)
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not a DiTDH in the published layout ({' '.join(str(error).split())[:160]})") from None
+    with reading(path, "not a DiTDH in the published layout"):
+        with torch.device("meta"):
+            model = DiTDH(**infer_config(state))
+        fill(model, state, path)
+    alpha, classes = content.get("alpha"), content.get("classes")  # released weights have neither, nor a RAE
+    if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < 1e4):
+        raise UserError(f"{path}: its time shift alpha is {one_line(repr(alpha))}, not a number above 0")
+    if classes is not None and not (isinstance(classes, (list, tuple)) and len(classes) == model.num_classes and all(isinstance(name, str) for name in classes)):
+        raise UserError(f"{path}: its classes are {one_line(repr(classes))}, not {model.num_classes} names")
+    if not isinstance(content.get("rae", {}), dict) or model.num_classes < 1:
+        raise UserError(f"{path}: its RAE or its table of classes is damaged; make or fetch it again")
     return model.eval().requires_grad_(False), content
 
 
@@ -195,8 +201,11 @@ def main():
     channels, grid = model.in_channels, model.input_size
     alpha = content.get("alpha") or (channels * grid * grid / 4096) ** 0.5
     own = content.get("rae") and not args.rae
-    rae = unpack_rae(content["rae"]) if own else rae_from(args.rae, 16 * grid, with_encoder=False)
-    names = content.get("classes") or imagenet_names()
+    rae = unpack_rae(content["rae"], path=args.ckpt) if own else rae_from(args.rae, 16 * grid, with_encoder=False)
+    latents = rae.decoder.config["latent_dim"], rae.decoder.config["grid"]
+    if latents != (channels, grid):
+        raise UserError(f"{args.ckpt}: makes latents of {channels} channels and grid {grid}, but the RAE decodes {latents[0]} and {latents[1]}; give its own with --rae")
+    names = content.get("classes") or (imagenet_names() if model.num_classes == 1000 else [str(i) for i in range(model.num_classes)])
     classes = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
     steps = args.steps or (1 if model.r_embedder is not None else 50)
     labels = torch.tensor(classes).repeat(-(-args.num // len(classes)))[:args.num]              # (num,)

@@ -4,9 +4,11 @@
     python -m pytest test_all.py -k flow    # only what has "flow" in its name
 """
 import inspect
+import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -610,6 +612,93 @@ def test_checkpointing_changes_memory_and_nothing_else():
         assert all(torch.equal(a, b) for a, b in zip(gradients[0][1], gradients[1][1])) and gradients[1][0] < gradients[0][0] / 2
 
 
+def mutate(content, rng):
+    """Delete, retype, reshape or add one thing at a random depth of nested dicts and lists -> a word on what was done."""
+    place, path = content, []
+    while True:
+        key = rng.choice([*place] if isinstance(place, dict) else range(len(place)))
+        path.append(str(key))
+        if not isinstance(place[key], (dict, list)) or not place[key] or rng.random() < 0.15:
+            break
+        place = place[key]
+    value = place[key]
+    if torch.is_tensor(value) and rng.random() < 0.6:
+        new = rng.choice([lambda x: x[..., :-1], lambda x: x[None], lambda x: x.flatten(), lambda x: x.long(), lambda x: x.bool(), lambda x: x.sum(), lambda x: x.new_zeros(0),
+                          lambda x: x.to(torch.complex64), lambda x: x.to_sparse(), lambda x: x.to("meta"), lambda x: x.half(), lambda x: torch.cat([x, x]) if x.dim() else x])(value)
+    else:
+        new = rng.choice([0, 1, -1, 7, 10**9, 10**400, 0.5, float("nan"), float("inf"), True, None, "", "word", "two\nlines", b"bytes", [], [1], {}, {"weight": 1}, {1: 2}, (3,),
+                          torch.zeros(3), torch.zeros(()), torch.arange(4), torch.zeros(0), ["a"] * 10, "hf-hub:someone/model"])
+    done = rng.choice(["set", "set", "delete", "add"])
+    if done == "set":
+        place[key] = new
+    elif done == "delete":
+        del place[key]
+    elif isinstance(place, dict):
+        place[rng.choice(["extra", "two\nlines", 5, "decoder.blocks.7.norm1.weight", "blocks.99.norm1.weight", "mean"])] = new
+    return f"{done} {'.'.join(path)} {one_line(repr(new))}"
+
+
+def one_line(text):
+    return " ".join(text.split())[:80]
+
+
+def small_checkpoint(num_classes=10):
+    """Of the shape of train.py's: a student and the RAE in whose latents it lives."""
+    state = small_dit(average_velocity=True).state_dict()
+    return dict(stage="mid", step=4, config=dict(stage="mid"), classes=[f"class {i}" for i in range(num_classes)], alpha=2.5, model=state, ema=state, rae=small_rae().packed())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_checkpoint_with_anything_in_it_is_read_or_refused_in_one_line(seed, tmp_path, monkeypatch):
+    rng, path, outcomes = random.Random(seed), tmp_path / "x.pt", []
+    monkeypatch.setattr(sys, "argv", [*map(str, ("sample.py", "--ckpt", path, "--num", 2, "--device", "cpu", "--out", tmp_path / "x.png"))])
+    torch.save(small_checkpoint(), path)
+    whole = path.read_bytes()
+    for trial in range(60):
+        content = torch.load(io.BytesIO(whole))
+        done = [mutate(content, rng) for _ in range(rng.choice((1, 1, 2)))]
+        torch.save(content, path)
+        (tmp_path / "x.png").unlink(missing_ok=True)
+        for read in (lambda: sample.load_network(path), lambda: rae.load_rae(path), sample.main):
+            try:
+                read()
+                outcomes.append(True)
+            except rae.UserError as error:
+                outcomes.append(False)
+                assert ("x.pt: " in str(error) or "give ours with --rae" in str(error)) and len(str(error).splitlines()) == 1, (done, str(error))
+            except Exception as error:
+                raise AssertionError(f"{done}: {error!r}") from error
+    assert 20 < sum(outcomes) < 160
+
+
+def test_a_published_decoder_with_anything_in_it_is_read_or_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(rae.DECODERS, "XL", dict(hidden_size=16, depth=1, num_heads=2, mlp_hidden=40))
+    decoder, statistics = (tmp_path / rae.HUB_FILES[256][kind] for kind in ("decoder", "statistics"))
+    rng, outcomes = random.Random(0), []
+    for trial in range(80):
+        files = {decoder: {"model": published_decoder(16, 6, 256, 16, 40)}, statistics: dict(mean=torch.zeros(6, 16, 16), var=torch.ones(6, 16, 16))}
+        done = mutate(files[rng.choice([decoder, statistics])], rng)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, path)
+        try:
+            outcomes.append(rae.published_rae(256, tmp_path).decode(torch.zeros(1, 6, 16, 16)).shape == (1, 3, 256, 256))
+        except rae.UserError as error:
+            outcomes.append(False)
+            assert str(error).startswith(str(tmp_path)) and len(str(error).splitlines()) == 1, (done, str(error))
+    assert 5 < sum(outcomes) < 75
+
+
+def test_no_name_in_a_checkpoint_makes_timm_reach_out(tmp_path, monkeypatch):
+    packed = small_rae().packed()
+    for name in ("hf-hub:someone/model", "local-dir:.", "timm/vit_base_patch16_224", "vit_base_patch16_224.hf-hub:someone/model", "", 5, None):
+        monkeypatch.setattr(timm, "create_model", None)
+        with pytest.raises(rae.UserError, match="x.pt: its encoder .* is no model of timm"):
+            rae.unpack_rae(packed | dict(encoder=packed["encoder"] | dict(name=name)), with_encoder=True, path="x.pt")
+    with pytest.raises(rae.UserError, match="x.pt: its encoder .* is not that of its decoder"):  # a path is no business of the file either
+        rae.unpack_rae(packed | dict(encoder=packed["encoder"] | dict(weights="/etc/passwd")), path="x.pt")
+
+
 TINY_VIT = "test_vit.r160_in1k"  # timm's own, for tests: patches of 16, 64 channels, a class token, pixels scaled to [-1, 1]
 
 
@@ -626,7 +715,8 @@ def test_encoder_of_any_name_takes_its_facts_from_the_network(tmp_path):
     torch.save({k: v for k, v in net.state_dict().items() if k != "blocks.1.attn.qkv.weight"}, tmp_path / "w.pth")
     with pytest.raises(rae.UserError, match="w.pth .*blocks.1.attn.qkv.weight.*--encoder_weights"):
         rae.Encoder(TINY_VIT, 64, tmp_path / "w.pth")
-    for name, problem in (("test_resnet.r160_in1k", "not a plain vision transformer"), ("vit_base_patch14_dinov9", "Unknown model.*near it: .*vit_base_patch14_dinov2")):
+    for name, problem in (("test_resnet.r160_in1k", "not a plain vision transformer"), ("vit_base_patch14_dinov9", "no model of timm; near it: .*vit_base_patch14_dinov2"),
+                          ("hf-hub:someone/model", "no model of timm"), ("local-dir:.", "no model of timm"), (f"{TINY_VIT}9", "no model of timm")):
         with pytest.raises(rae.UserError, match=f"--encoder {name}: {problem}"):
             rae.Encoder(name, 64)
 
