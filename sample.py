@@ -31,7 +31,7 @@ from tqdm import tqdm
 import meanflow
 from dit import DiTDH, infer_config
 from fid import fingerprint, join_processes, place
-from rae import Parser, UserError, at_least, fill, load_file, load_weights, one_line, pick_device, rae_from, reading, run_main, unpack_rae
+from rae import Parser, UserError, at_least, fill, load_file, load_weights, need, one_line, pick_device, rae_from, reading, run_main, to_uint8, unpack_rae
 
 WRITERS = 8  # threads a process that encode and write; with one PNG an image, fewer would keep a fast GPU waiting
 
@@ -50,11 +50,6 @@ def generate(model, rae, noise, labels, steps, alpha):
     else:
         z = meanflow.solve_flow(model, noise, labels, steps, alpha, last_only=True)[0][-1]
     return rae.decode(z).clamp(0, 1)
-
-
-def to_uint8(images):
-    """Images in [0, 1] -> uint8, rounded to nearest: the one rounding rule of this project."""
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_png(image, path, settings, **how):
@@ -137,7 +132,7 @@ def load_network(path):
     with reading(path, "not a DiTDH in the published layout"):
         with torch.device("meta"):
             model = DiTDH(**infer_config(state))
-        fill(model, state, path)
+        fill(model, state)
     alpha, classes = content.get("alpha"), content.get("classes")  # released weights have neither, nor a RAE
     if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < 1e4):
         raise UserError(f"{path}: its time shift alpha is {one_line(repr(alpha))}, not a number above 0")
