@@ -14,6 +14,7 @@ Images are float in [0, 1], (B, 3, S, S); latents (B, C, G, G) are normalised pe
 import argparse
 import difflib
 import json
+import logging
 import os
 import re
 import stat
@@ -157,6 +158,7 @@ def timm_network(name, weights, flag, **options):
     unexpected, and the flag that takes a file.
     """
     random, local = weights == "random", dict(file=str(weights)) if weights else None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it narrates its retries
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # so that "random" means the same network in every stage
         try:

@@ -1506,6 +1506,9 @@ def fid_files(tmp_path_factory):
     np.savez(path / "wide.npz", np.zeros((24, 8, 16, 3), np.uint8))
     np.savez(path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(3), sigma_s=np.eye(3))
     np.savez(path / "batch.npz", arr_0=(images // 2)[:10], mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    np.savez(path / "odd.npz", mu=np.zeros(3), sigma=np.eye(3), size="wide", extractor="another")
+    np.savez(path / "words.npz", mu=np.array(["a", "b", "c"]), sigma=np.eye(3))
+    torch.save(torch.zeros(9), path / "weights.pt")
     np.savez(path / "theirs.npz", mu=np.zeros(3), sigma=np.eye(3), count=24, size=(8, 8), extractor="another")
     (path / "empty").mkdir()
     for name in ("mixed", "broken", "deep"):
@@ -1592,7 +1595,8 @@ def test_fid_scorer_says_of_images_as_they_are_made_what_the_command_says(fid_fi
     ("labels.npz folder", "labels.npz: arr_1"), ("images.npz few.npz", "few.npz: 3 images for 3 features leave the covariance singular"),
     ("few.npz adm.npz", "few.npz: 3 images"), ("wide.npz folder", "wide.npz: its image size"), ("mixed folder", "b.png: (8, 4)"),
     ("broken folder", "b.jpg: not a readable"), ("deep folder", "b.png: its pixels"), ("images.npz theirs.npz", "theirs.npz: made by another"),
-    ("stored.npz folder", "stored.npz: arr_0 is damaged"), ("deflated.npz folder", "deflated.npz: arr_0 is damaged"), ("cut.npz folder", "cut.npz: "),
+    ("stored.npz folder", "stored.npz: arr_0 is damaged"), ("deflated.npz folder", "deflated.npz: arr_0 is damaged"), ("cut.npz folder", "cut.npz: "), ("images.npz odd.npz", "odd.npz: its contents are damaged"),
+    ("images.npz words.npz", "words.npz: its contents are damaged"), ("images.npz weights.pt", "weights.pt: neither arr_0 nor"),
     ("label.npz folder", "label.npz: arr_1 is damaged"), ("objects.npz folder", "objects.npz: arr_1 is damaged"),
     ("images.npz adm.npz --features dino", "adm.npz: no images"), ("stats folder", "--out: belongs"),
     ("stats adm.npz -o x.npz", "adm.npz: no images"), ("stats folder -o no_such_folder/x.npz", "--out no_such_folder/x.npz"),
