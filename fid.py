@@ -16,7 +16,6 @@ import atexit
 import hashlib
 import json
 import os
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from torch.backends import cudnn
 from torchvision.models import Inception3
 from tqdm import tqdm
 
-from rae import (Parser, UserError, at_least, known_to_timm, load_file, load_rae, need, one_line, pick_device, read_image, reading,
+from rae import (Parser, at_least, download, known_to_timm, load_file, load_rae, need, pick_device, read_image, reading,
                  run_main, timm_network)
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the end of the name is the start of the file's sha256
@@ -265,13 +264,7 @@ class Extractor(NamedTuple):
     dims: int  # of the part "pool"
 
 def inception_extractor(weights, device):
-    net, path = Inception(), weights or os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
-    if not os.path.exists(path):
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, path, "6726825d", progress=sys.stderr.isatty())
-        except Exception as error:
-            raise UserError(f"{path}: no such Inception there or at {INCEPTION_URL} ({one_line(error)}); give the path of {INCEPTION_FILE} with --weights") from None
+    net, path = Inception(), weights or download(INCEPTION_URL, INCEPTION_FILE, "--weights")
     with reading(path, f"not {INCEPTION_FILE}"):
         net.load_state_dict(load_file(path))
     if torch.device(device).type == "cpu":

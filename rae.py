@@ -143,9 +143,10 @@ class ConvStem(nn.Module):
         super().__init__()
         self.grid_size = (img_size // patch_size,) * 2
         self.num_patches = self.grid_size[0] ** 2
-        widths = (in_chans, 32, 64, embed_dim)
-        self.net = nn.Sequential(*[layer for i in range(3) for layer in (nn.Conv2d(widths[i], widths[i + 1], 3, 2, 1), nn.GroupNorm(8, widths[i + 1]), nn.GELU())],
-                                 nn.Conv2d(embed_dim, embed_dim, 1))
+        layers = []
+        for before, after in ((in_chans, 32), (32, 64), (64, embed_dim)):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
+        self.net = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
 
     def forward(self, images):
         return self.net(images).flatten(2).transpose(1, 2)                                      # (B, 3, S, S) -> (B, N, C)
@@ -185,7 +186,8 @@ def patch_size_of(name):
         raise UserError(f"--encoder {name}: no model of timm" + f"; near it: {', '.join(near)}" * bool(near))
     with reading(f"--encoder {name}", "timm cannot make it"), torch.device("meta"):
         net = timm.create_model(name)
-    need(isinstance(getattr(net, "num_prefix_tokens", None), int), f"--encoder {name}: not a plain vision transformer; give one of timm's ViTs, such as {DINOV2}")
+    need(isinstance(getattr(net, "num_prefix_tokens", None), int),
+         f"--encoder {name}: not a plain vision transformer; give one of timm's ViTs, such as {DINOV2}")
     return net.patch_embed.patch_size[0]
 
 
@@ -315,6 +317,18 @@ def convert_decoder(published, path="this file"):
 # ----------------------------------------------------------------------------------------------------------------------
 # What the decoder is trained with: L1 + LPIPS + an adversarial loss whose discriminator reads frozen DINO features
 
+def lpips_heads(path, widths=(64, 128, 256, 512, 512)):
+    """The weights of VGG's channels in LPIPS, 5 x (C,), downloaded unless `path` is a file or the word "random"."""
+    if path == "random":
+        return [torch.rand(width, generator=torch.Generator().manual_seed(width)) for width in widths]
+    path = path or download(LPIPS_URL, LPIPS_FILE, "--lpips_weights")
+    state = load_weights(path)
+    names = [f"lin{i}.model.1.weight" for i in range(5)]
+    need(sorted(state) == names and all(plain(state[name]) and state[name].numel() == width for name, width in zip(names, widths)),
+         f"{path}: not the linear heads of LPIPS on VGG (tensors {names[0]} to {names[-1]} of {widths} numbers)")
+    return [state[name].flatten() for name in names]
+
+
 class PerceptualDistance(nn.Module):
     """LPIPS, version 0.1 on VGG-16 (Zhang et al. 2018, arXiv 1801.03924): images in [0, 1], twice (B, 3, S, S) -> (B,).
 
@@ -326,27 +340,8 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         features = timm_network("vgg16.tv_in1k", vgg_weights, "--vgg_weights").features
         self.stages = nn.ModuleList([features[start:end] for start, end in ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))])
-        widths = (64, 128, 256, 512, 512)
-        if lpips_weights == "random":
-            heads = [torch.rand(width, generator=torch.Generator().manual_seed(width)) for width in widths]
-        else:
-            state, path = self.fetch_heads(lpips_weights), lpips_weights or LPIPS_URL
-            names = [f"lin{i}.model.1.weight" for i in range(5)]
-            need(sorted(state) == names and all(plain(state[name]) and state[name].numel() == width for name, width in zip(names, widths)),
-                 f"{path}: not the linear heads of LPIPS on VGG (tensors {names[0]} to {names[-1]} of {widths} numbers)")
-            heads = [state[name].flatten() for name in names]                                   # 5 x (C,)
-        for i, head in enumerate(heads):
+        for i, head in enumerate(lpips_heads(lpips_weights)):
             self.register_buffer(f"head{i}", head.view(-1, 1, 1))                               # (C, 1, 1)
-
-    @staticmethod
-    def fetch_heads(path):
-        if path:
-            return load_weights(path)
-        try:
-            return torch.hub.load_state_dict_from_url(LPIPS_URL, map_location="cpu", check_hash=True, file_name=LPIPS_FILE, weights_only=True)
-        except Exception as error:
-            raise UserError(f"no linear heads of LPIPS: looked for {LPIPS_FILE} in torch's cache and for {LPIPS_URL} ({one_line(error)}); "
-                            "give a local file with --lpips_weights") from None
 
     def features(self, images):
         x = (images - IMAGENET_MEAN.to(images)) / IMAGENET_STD.to(images)
@@ -567,6 +562,18 @@ def fill(net, state):
     net.load_state_dict({key: value.float().contiguous() for key, value in state.items()}, assign=True)
 
 
+def download(url, name, flag):
+    """Path of a file in torch's cache, fetched on first use and held against the start of its sha256, with which its name ends."""
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, path.stem[-8:], progress=sys.stderr.isatty())
+        except Exception as error:
+            raise UserError(f"{path}: not there, nor to be had from {url} ({one_line(error)}); give a local file with {flag}") from None
+    return path
+
+
 def fetch(kind, resolution, flag, folder=None):
     """Path of a published file ("decoder", "statistics" or "teacher"): in `folder`, laid out like the hub's repository, or
     downloaded to the hub's cache on first use."""
@@ -672,7 +679,8 @@ def print_costs():
     for name, (parameters, macs) in rows.items():
         print(f"{name:24} {parameters / 1e6:8.1f}M {macs / 1e9:8.1f} G")
     ours, theirs = (rows["DiTDH XL, 256"][1] + rows["decoder XL, 256"][1]) / 1e9, sum(MEANFLOW_GMACS)
-    print(f"\none step at 256: {ours:.1f} G here, {theirs:.1f} G for MeanFlow XL/2 with the SD-VAE: {1 - ours / theirs:.0%} less (the paper: 263 against 424, 38%)")
+    print(f"\none step at 256: {ours:.1f} G here, {theirs:.1f} G for MeanFlow XL/2 with the SD-VAE: {1 - ours / theirs:.0%} less")
+    print("(the paper: 263 against 424, 38%; it leaves out attention in some rows)")
 
 
 @torch.no_grad()

@@ -738,7 +738,7 @@ def perceptual():
     return rae.PerceptualDistance("random", "random")
 
 
-def test_perceptual_distance_is_lpips(perceptual, tmp_path):
+def test_perceptual_distance_is_lpips(perceptual, tmp_path, monkeypatch):
     a, b = torch.rand(2, 2, 3, 32, 32)
     x, y = ((2 * images - 1 - torch.tensor([-0.03, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.45]).view(3, 1, 1) for images in (a, b))
     expected, widths = torch.zeros(2), []
@@ -755,8 +755,11 @@ def test_perceptual_distance_is_lpips(perceptual, tmp_path):
     perceptual(black, a[:1]).sum().backward()
     assert black.grad.isfinite().all()
     torch.save({f"lin{i}.model.1.weight": torch.full((1, c, 1, 1), i + 1.0) for i, (c, _) in enumerate(widths)}, tmp_path / "heads.pth")
-    state = rae.PerceptualDistance.fetch_heads(tmp_path / "heads.pth")
-    assert [state[f"lin{i}.model.1.weight"].mean().item() for i in range(5)] == [1, 2, 3, 4, 5]
+    assert [head.mean().item() for head in rae.lpips_heads(tmp_path / "heads.pth")] == [1, 2, 3, 4, 5]
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **options: 1 / 0)
+    with pytest.raises(rae.UserError, match=f"{rae.LPIPS_FILE}: not there.*--lpips_weights"):
+        rae.lpips_heads(None)
 
 
 def test_adversarial_loss_pulls_as_hard_as_its_weight_says():
