@@ -118,9 +118,6 @@ class Statistics:
             self.count, self.mean = total, self.mean + delta * (other.count / total)
         return self
 
-    def to(self, device):
-        return Statistics(self.extractor, self.count, self.mean.to(device), self.scatter.to(device))
-
     @property
     def covariance(self):
         return self.scatter / (self.count - 1)
@@ -174,7 +171,8 @@ def gather(statistics, kept):
         return statistics, kept
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a training loop's own may be of GPUs only
     shares = [None] * world if rank == 0 else None
-    dist.gather_object(({part: s.to("cpu") for part, s in statistics.items()}, kept), shares, group=group)
+    on_cpu = {part: Statistics(s.extractor, s.count, s.mean.cpu(), s.scatter.cpu()) for part, s in statistics.items()}
+    dist.gather_object((on_cpu, kept), shares, group=group)
     dist.destroy_process_group(group)
     if rank > 0:
         return None, None

@@ -91,31 +91,6 @@ def pick_device(name):
         raise UserError(f"--device {name}: not to be had ({one_line(error)}); leave the flag out to use what there is") from None
 
 
-def one_line(error):
-    """An exception, or anything else that may be long, in at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def need(condition, message):
-    """How files and flags are refused: "what: what is wrong; what to do"."""
-    if not condition:
-        raise UserError(" ".join(message.split()))
-
-
-@contextmanager
-def reading(path, what):
-    """Whatever a damaged file makes its reader raise (PIL, zipfile, torch and numpy have dozens of kinds) becomes one line that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
-    except Exception as error:
-        kind, detail = type(error).__name__, one_line(error).split(". ")[0]  # a first sentence is enough
-        raise UserError(f"{path}: {what} ({kind}{f': {detail}' * (detail != kind)}); make or fetch it again") from None
-
-
 def run_main(main):
     """Run a script's main(): what a user can mend ends it in one line (of the first process only) and exit status 2."""
     try:
@@ -526,7 +501,32 @@ def unpack_rae(packed, with_encoder=False, encoder_weights=None, path="this chec
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files
+# Files: whatever is wrong with one ends in one line that names it
+
+def one_line(error):
+    """An exception, or anything else that may be long, in at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def need(condition, message):
+    """How files and flags are refused: "what: what is wrong; what to do"."""
+    if not condition:
+        raise UserError(" ".join(message.split()))
+
+
+@contextmanager
+def reading(path, what):
+    """Whatever a damaged file makes its reader raise (PIL, zipfile, torch and numpy have dozens of kinds) becomes one line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    except Exception as error:
+        kind, detail = type(error).__name__, one_line(error).split(". ")[0]  # a first sentence is enough
+        raise UserError(f"{path}: {what} ({kind}{f': {detail}' * (detail != kind)}); make or fetch it again") from None
+
 
 def load_file(path):
     """torch.load of a checkpoint, on the CPU, tensors and plain containers only. Raises UserError naming the file.
