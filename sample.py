@@ -68,6 +68,11 @@ def imagenet_names():
     return [info.index_to_description(i) for i in range(1000)]
 
 
+def class_names(content, num_classes):
+    """The names in a checkpoint; released weights have none of their own: those of ImageNet, or numbers."""
+    return content.get("classes") or (imagenet_names() if num_classes == 1000 else [str(i) for i in range(num_classes)])
+
+
 def load_all(args):
     """-> (network, RAE, time shift alpha, names of the classes), all from the checkpoint as far as they are in it."""
     model, content = load_network(args.ckpt)
@@ -78,8 +83,7 @@ def load_all(args):
     need(latents == (channels, grid), f"{args.ckpt}: makes latents of {channels} channels and grid {grid}, but the RAE takes {latents[0]} and {latents[1]}; "
          "give the one that it was trained with as --rae")
     alpha = content.get("alpha") or (channels * grid**2 / 4096) ** 0.5
-    names = content.get("classes") or (imagenet_names() if model.num_classes == 1000 else [str(i) for i in range(model.num_classes)])
-    return model, rae, alpha, names
+    return model, rae, alpha, class_names(content, model.num_classes)
 
 
 def parse_classes(text, names):
