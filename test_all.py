@@ -1306,6 +1306,18 @@ def test_batch_that_the_processes_do_not_divide(photographs, tmp_path):
     assert status != 0 and lines == ["train.py: --batch_size 7: cannot be divided among 2 processes; give a multiple of 2"], output
 
 
+def test_help_has_a_line_for_each_flag_and_ends_in_examples(monkeypatch, capsys):
+    for script in (sample, fid, rae):
+        name = f"{script.__name__}.py"
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            script.main()
+        text = capsys.readouterr().out
+        flags = re.findall(r"^  (-.*)$", text, re.M)[1:]
+        assert len(flags) > 4 and all(re.search(r"  \w.*(default|seed|published)", flag) and len(flag) < 140 for flag in flags), text
+        assert len(text.split("examples:")[1].strip().splitlines()) >= 4 and f"python {name}" in text.split("examples:")[1]
+
+
 def test_reconstruction_command(photographs, trained, tmp_path):
     status, output = run(HERE / "rae.py", photographs / "0" / "0.jpg", "--rae", trained / "rae.pt", folder=tmp_path)
     assert status == 0 and "PSNR" in output and (tmp_path / "reconstruction.png").exists()
