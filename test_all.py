@@ -656,7 +656,7 @@ def test_a_checkpoint_with_anything_in_it_is_read_or_refused_in_one_line(seed, t
     monkeypatch.setattr(sys, "argv", [*map(str, ("sample.py", "--ckpt", path, "--num", 2, "--device", "cpu", "--out", tmp_path / "x.png"))])
     torch.save(small_checkpoint(), path)
     whole = path.read_bytes()
-    for trial in range(60):
+    for trial in range(40):
         content = torch.load(io.BytesIO(whole))
         done = [mutate(content, rng) for _ in range(rng.choice((1, 1, 2)))]
         torch.save(content, path)
@@ -670,7 +670,7 @@ def test_a_checkpoint_with_anything_in_it_is_read_or_refused_in_one_line(seed, t
                 assert ("x.pt: " in str(error) or "give ours with --rae" in str(error)) and len(str(error).splitlines()) == 1, (done, str(error))
             except Exception as error:
                 raise AssertionError(f"{done}: {error!r}") from error
-    assert 20 < sum(outcomes) < 160
+    assert 20 < sum(outcomes) < 110
 
 
 def test_a_published_decoder_with_anything_in_it_is_read_or_refused_in_one_line(tmp_path, monkeypatch):
