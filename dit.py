@@ -238,7 +238,7 @@ class DiTDH(nn.Module):
 def infer_config(state):
     """The arguments of DiTDH that a state dict in the published layout was made with, read off its shapes."""
     width, head_width = len(state["s_embedder.proj.bias"]), len(state["x_embedder.proj.bias"])
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})  # a count: a number in a key may be any
     head_depth = sum(len(state[f"blocks.{i}.norm1.weight"]) == head_width for i in range(depth)) if width != head_width else 2
     return dict(input_size=round(state["pos_embed"].shape[1] ** 0.5), in_channels=state["x_embedder.proj.weight"].shape[1],
                 hidden_size=(width, head_width), depth=(depth - head_depth, head_depth),

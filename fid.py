@@ -1,48 +1,44 @@
-"""
-Scores of generated images against real ones: FID, sFID, Inception Score, precision, recall, and the same Frechet
-distance in the features of DINOv2, of any timm model, or of the RAE's own encoder. Two commands:
+"""Scores of generated images against real ones: FID, sFID, Inception Score, precision, recall, and the same Frechet
+distance in the features of DINOv2, of any timm model, or of the RAE's own encoder.
 
-    python fid.py SAMPLES REFERENCE [--features inception|dino|TIMM_NAME] [--weights PATH] [--json]
-    python fid.py stats REFERENCE -o reference.npz     # measure once, compare often: reference.npz is a REFERENCE too
+Paper: arXiv 2511.13019 reports FID; the definitions are cited where they are computed.
+
+    python fid.py SAMPLES REFERENCE                                   # a table of scores
+    python fid.py SAMPLES REFERENCE --json --features dino            # in DINOv2's features, as a line of JSON
+    python fid.py stats REFERENCE -o reference.npz                    # measure once, compare often: this is a REFERENCE too
+    torchrun --nproc_per_node=8 -- fid.py SAMPLES REFERENCE           # the processes share the images
 
 SAMPLES, REFERENCE: a folder of images, nested or not; an .npz with arr_0 = uint8 (N, H, W, 3), as sample.py writes it;
-a reference .npz of ADM's evaluation suite; or a file made by `stats`. Under torchrun the processes share the images.
-The file is in the order a score is made in; train.py scores its samples by the same Scorer as the commands.
+a reference .npz of ADM's evaluation suite; or a file made by `stats`. The file is in the order in which a score is made;
+train.py scores its samples by the same Scorer as the commands.
 """
 import atexit
 import hashlib
 import json
-import logging
 import os
-import sys
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from scipy.linalg import lapack
 from torch.backends import cudnn
 from torchvision.models import Inception3
 from tqdm import tqdm
 
-from rae import Parser, UserError, at_least, load_rae, one_line, pick_device, run_main
+from rae import (Parser, at_least, download, known_to_timm, load_file, load_rae, need, pick_device, read_image, reading,
+                 run_main, timm_network)
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the end of the name is the start of the file's sha256
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
 DINO = "vit_large_patch14_dinov2.lvd142m"  # CLS token at 224, the extractor of Stein et al. 2023, arXiv 2306.04675
-
-def need(condition, message):
-    """How this file refuses: "what: what is wrong; what to do", on the command line one line and exit status 2."""
-    if not condition:
-        raise UserError(" ".join(message.split()))
 
 # --- 1. Inception: torchvision's, with the resize, the pooling and the 1008 outputs of December 2015 ------------------
 def resize_tensorflow1(images, size=299):
@@ -154,23 +150,11 @@ def place():
     """-> (rank of this process, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-def gathered(x, group):
-    """x (n, ...) on the CPU -> the rows of all processes in the order of their ranks, on the first; None on the others."""
-    counts = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, len(x), group=group)
-    if dist.get_rank():
-        return dist.send(x.contiguous(), 0, group=group)
-    whole = x.new_empty(sum(counts), *x.shape[1:])
-    for rank, part in enumerate(whole.split(counts)):
-        part.copy_(x) if rank == 0 else dist.recv(part, rank, group=group)
-    return whole
-
-def measure(extract, batches, name="", keep=(), size=None, alone=False):
+def measure(extract, batches, name="", keep=(), size=None):
     """The one road from images to numbers. extract: uint8 (B, 3, H, W) -> {part: (B, D)}, batches: an iterable of images.
-    Returns {part: Statistics}, and {part: features (N, D) in order, on the CPU} for the parts in `keep`. Of several
-    processes each brings its share, unless `alone`; the first gets the whole, in the order of ranks, the others (None, None).
+    Returns {part: Statistics}, and {part: features (N, D) in order, on the CPU} for the parts in `keep`.
     ValueError on images that are not uint8, or not of one size (W, H), and on NaN."""
-    (rank, world), statistics, kept = (0, 1) if alone else place(), {}, {part: [] for part in keep}
+    statistics, kept = {}, {part: [] for part in keep}
     for batch in batches:
         here = tuple(check_images(batch).shape[:1:-1])
         size = size or here
@@ -182,25 +166,31 @@ def measure(extract, batches, name="", keep=(), size=None, alone=False):
                 kept[part].append(x.cpu())
             if part != "logits":
                 statistics.setdefault(part, Statistics(name)).update(x)
-    need(statistics, f"images: none for process {rank}; give at least one to each of the {world}")
-    kept = {part: torch.cat(rows) for part, rows in kept.items() if rows}
-    if world > 1:
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a training loop's own may be of GPUs only
-        kept = {part: gathered(x, group) for part, x in kept.items()}
+    need(statistics, "images: none for process {} of {}; give at least one to each".format(*place()))
+    return statistics, {part: torch.cat(rows) for part, rows in kept.items() if rows}
+
+def gather(statistics, kept):
+    """What measure() gave each process, as one: on the first, in the order of ranks; (None, None) on the others."""
+    rank, world = place()
+    if world == 1:
+        return statistics, kept
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a training loop's own may be of GPUs only
+    shares = [None] * world if rank == 0 else None
+    on_cpu = {part: Statistics(s.extractor, s.count, s.mean.cpu(), s.scatter.cpu()) for part, s in statistics.items()}
+    dist.gather_object((on_cpu, kept), shares, group=group)
+    dist.destroy_process_group(group)
+    if rank > 0:
+        return None, None
+    for others, _ in shares[1:]:
         for part, s in statistics.items():
-            shares = [gathered(torch.as_tensor(x)[None].cpu(), group) for x in (s.count, s.mean, s.scatter)]
-            statistics[part] = Statistics(name)
-            for count, mean, scatter in zip(*shares) if rank == 0 else ():
-                statistics[part].merge(Statistics(name, count.item(), mean, scatter))
-        dist.destroy_process_group(group)
-    return (statistics, kept) if rank == 0 else (None, None)
+            s.merge(others[part])
+    return statistics, {part: torch.cat([rows[part] for _, rows in shares]) for part in kept}
 
 def feature_statistics(extract, images, batch_size=64, extractor=""):
     """measure() for one kind of features. extract: uint8 (B, 3, H, W) -> (B, D). images: uint8 (N, 3, H, W), cut into
     batches of batch_size, or an iterable of batches -> Statistics. extractor: its name. Of this process's images alone."""
-    statistics, _ = measure(lambda x: dict(pool=extract(x)), images.split(batch_size) if torch.is_tensor(images) else images,
-                            extractor, alone=True)
-    return statistics["pool"]
+    batches = images.split(batch_size) if torch.is_tensor(images) else images
+    return measure(lambda x: dict(pool=extract(x)), batches, extractor)[0]["pool"]
 
 # --- 3. The scores ----------------------------------------------------------------------------------------------------
 def root(sigma):
@@ -276,37 +266,16 @@ class Extractor(NamedTuple):
     resize: str  # in words
     dims: int  # of the part "pool"
 
-def make_extractor(features="inception", weights=None, device="cpu"):
-    """-> Extractor. features: inception, dino or a timm name. weights: their file, else they are downloaded; for dino a
-    checkpoint of ours, whose RAE encoder then gives the features. ValueError without."""
-    need(not weights or os.path.isfile(weights), f"--weights {weights}: no such file; give the path of a weights file")
-    if features == "inception":
-        net, path = Inception(), weights or os.path.join(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
-        try:
-            if not os.path.exists(path):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                torch.hub.download_url_to_file(INCEPTION_URL, path, "6726825d", progress=sys.stderr.isatty())
-            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:
-            need(False, f"{path}: no such Inception there" + f" or at {INCEPTION_URL}" * (not weights) +
-                 f" ({one_line(error)}); give the path of {INCEPTION_FILE} with --weights")
-        if torch.device(device).type == "cpu":
-            net.to(memory_format=torch.channels_last)  # nearly twice as fast there
-        return Extractor(net.to(device), "inception-" + fingerprint(net), "TensorFlow-1 bilinear to 299x299", 2048)
-    if features == "dino" and weights:
-        rae = load_rae(weights, device)
-        return Extractor(lambda x: dict(pool=rae.features(x.float() / 255)), "rae-encoder-" + fingerprint(rae.encoder),
-                         "the RAE encoder's own", rae.encoder.shape[0])
-    import timm
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it narrates its retries
-    name = DINO if features == "dino" else features
-    need(timm.is_model(name), f"--features {features}: no such model; give inception, dino or one of timm.list_models()")
-    try:
-        net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=weights) if weights else None,
-                                num_classes=0, **(dict(img_size=224) if name == DINO else {})).eval().to(device)
-    except Exception as error:  # the hub's client raises a dozen kinds
-        need(False, f"--features {features}: no weights of {name} from {weights or 'the Hugging Face cache or hub'} "
-             f"({one_line(error)}); give --features {name} and their file with --weights")
+def inception_extractor(weights, device):
+    net, path = Inception(), weights or download(INCEPTION_URL, INCEPTION_FILE, "--weights")
+    with reading(path, f"not {INCEPTION_FILE}"):
+        net.load_state_dict(load_file(path))
+    if torch.device(device).type == "cpu":
+        net.to(memory_format=torch.channels_last)  # nearly twice as fast there
+    return Extractor(net.to(device), "inception-" + fingerprint(net), "TensorFlow-1 bilinear to 299x299", 2048)
+
+def timm_extractor(name, weights, device):
+    net = timm_network(name, weights, "--weights", num_classes=0, **(dict(img_size=224) if name == DINO else {})).to(device)
     config = timm.data.resolve_model_data_config(net)
     size, mode = config["input_size"][1:], "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     mean, std = (torch.tensor(config[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
@@ -315,35 +284,34 @@ def make_extractor(features="inception", weights=None, device="cpu"):
         return dict(pool=net((x / 255 - mean) / std).flatten(1))  # (B, D)
     return Extractor(extract, f"{name}-{fingerprint(net)}", f"{mode} with antialias to {size[0]}x{size[1]}", net.num_features)
 
+def make_extractor(features="inception", weights=None, device="cpu"):
+    """-> Extractor. features: inception, dino or a timm name. weights: their file, else they are downloaded; for dino a
+    checkpoint of ours, whose RAE encoder then gives the features. ValueError without."""
+    need(not weights or os.path.isfile(weights), f"--weights {weights}: no such file; give the path of a weights file")
+    if features == "inception":
+        return inception_extractor(weights, device)
+    if features == "dino" and weights:
+        rae = load_rae(weights, device)
+        return Extractor(lambda x: dict(pool=rae.features(x.float() / 255)), "rae-encoder-" + fingerprint(rae.encoder),
+                         "the RAE encoder's own", rae.encoder.shape[0])
+    name = DINO if features == "dino" else features
+    need(known_to_timm(name), f"--features {features}: no such model; give inception, dino or one of timm.list_models()")
+    return timm_extractor(name, weights, device)
+
 # --- 5. Images --------------------------------------------------------------------------------------------------------
-def read_image(path, size=None):
+def image_tensor(path, size=None):
     """uint8 (3, H, W), RGB. ValueError when unreadable, not 8-bit, or not of `size` (W, H)."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))  # (H, W, 3)
-    except Exception as error:  # PIL raises many kinds on a damaged file
-        need(False, f"{path}: not a readable image ({error}); remove or replace it")
-    need(image.mode[0] not in "IF", f"{path}: its pixels ({image.mode}) are not 8-bit; convert it to 8-bit RGB")
+    image = read_image(path)
     need(size in (None, image.size), f"{path}: {image.size} pixels, the first image has {size}; resize all to one size")
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 def folder_batches(files, size, batch_size, num_workers):
     with ThreadPoolExecutor(num_workers) as threads:  # one batch is read ahead
-        submit = lambda i: [threads.submit(read_image, file, size) for file in files[i:i + batch_size]]
+        submit = lambda i: [threads.submit(image_tensor, file, size) for file in files[i:i + batch_size]]
         ahead = submit(0)
         for i in range(0, len(files), batch_size):
             now, ahead = ahead, submit(i + batch_size)
             yield torch.stack([job.result() for job in now])  # (B, 3, H, W)
-
-@contextmanager
-def reading(path, what):
-    """All the kinds of error that a damaged archive raises become one line with its name."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError, NotImplementedError) as error:
-        need(False, f"{path}: {what} is damaged ({one_line(error)}); write or fetch the file again")
 
 def npy_header(file):
     version = np.lib.format.read_magic(file)
@@ -352,7 +320,7 @@ def npy_header(file):
 
 def npz_batches(path, first, last, batch_size):
     """Images first to last - 1 of arr_0: a stream, never the whole array in memory."""
-    with reading(path, "arr_0"), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+    with reading(path, "arr_0 is damaged"), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         n, h, w, _ = npy_header(file)[0]
         for i in range(first):  # read and drop: what jumps over them drops the check of the archive's checksum too
             file.read(h * w * 3)
@@ -361,44 +329,52 @@ def npz_batches(path, first, last, batch_size):
             yield torch.frombuffer(batch, dtype=torch.uint8).view(-1, h, w, 3).permute(0, 3, 1, 2)  # (B, 3, H, W)
         need(last < n or not file.read(1), f"{path}: arr_0 is longer than it says; write the file again")
 
-def source(path, **known):
-    """One side: path, count, size (W, H), labels (N,), batches(first, last, batch_size, num_workers) -> uint8 (B, 3, H, W);
-    moments {"pool": (mean, covariance)[, "spatial"]}, with the extractor and resize of recorded ones; features kept."""
-    empty = dict(count=None, size=None, labels=None, balance=None, batches=None, extractor=None, resize=None)
-    return SimpleNamespace(path=path, **empty | dict(moments={}, features={}) | known)
+@dataclass
+class Source:
+    """One side of a comparison: images, recorded moments, or both."""
+    path: str
+    count: int = None
+    size: tuple = None  # (W, H)
+    balance: str = None  # of the labels, in words
+    batches: Callable = None  # (first, last, batch_size, num_workers) -> an iterable of uint8 (B, 3, H, W)
+    moments: dict = field(default_factory=dict)  # {"pool": (mean, covariance)[, "spatial": ...]}
+    features: dict = field(default_factory=dict)  # {"pool": (N, D), "logits": (N, 1008)}, those that were kept
+    extractor: str = None  # of recorded moments
+    resize: str = None
 
 def balance(labels):
     if labels is not None:
         counts = np.unique(labels, return_counts=True)[1]
         return f"{len(counts)} labels of {min(counts)} to {max(counts)} images"
 
+def open_folder(path):
+    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+                   if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")))
+    need(files, f"{path}: no PNG, JPEG or WebP image in this folder; give one that holds images")
+    size, labels = read_image(files[0]).size, [os.path.dirname(file) for file in files]
+    np.random.RandomState(0).shuffle(files)  # in order of class folders, inception_score's splits would collapse
+    return Source(path, count=len(files), size=size, balance=balance(labels) if len(set(labels)) > 1 else None,
+                  batches=lambda first, last, *how: folder_batches(files[first:last], size, *how))
+
 def open_source(path):
-    """A folder, or an .npz of any of the kinds above -> source. ValueError on anything else."""
+    """A folder, or an .npz of any of the kinds above -> Source. ValueError on anything else."""
     if os.path.isdir(path):
-        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-                       if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")))
-        need(files, f"{path}: no PNG, JPEG or WebP image in this folder; give one that holds images")
-        size, labels = tuple(read_image(files[0]).shape[:0:-1]), [os.path.dirname(file) for file in files]
-        np.random.RandomState(0).shuffle(files)  # in order of class folders, inception_score's splits would collapse
-        return source(path, count=len(files), size=size, balance=balance(labels) if len(set(labels)) > 1 else None,
-                      batches=lambda first, last, *how: folder_batches(files[first:last], size, *how))
+        return open_folder(path)
     need(zipfile.is_zipfile(path), f"{path}: no such folder, and no such .npz; give a folder of images or an .npz")
     data = {}
-    with reading(path, "its table of contents"), np.load(path) as archive:
+    with reading(path, "its contents are damaged"), np.load(path) as archive:
         for name in archive.files:
-            with reading(path, name):
-                if name == "arr_0":
-                    with archive.zip.open("arr_0.npy") as file:
-                        shape, fortran, dtype = npy_header(file)
-                data[name] = archive[name] if name != "arr_0" else None
-    moments = {part: (data["mu" + end], data["sigma" + end]) for part, end in (("pool", ""), ("spatial", "_s"))
-               if "mu" + end in data and "sigma" + end in data}
-    if "extractor" in data:  # a file of ours
-        return source(path, moments=moments, count=int(data["count"]), size=tuple(data["size"].tolist()),
-                      **{key: str(data[key]) for key in ("extractor", "resize", "balance") if key in data})
+            with reading(path, f"{name} is damaged"):  # the images are read later, as a stream
+                data[name] = archive[name] if name != "arr_0" else npy_header(archive.zip.open("arr_0.npy"))
+        moments = {part: [data[key].astype(float) for key in ("mu" + end, "sigma" + end)]
+                   for part, end in (("pool", ""), ("spatial", "_s")) if {"mu" + end, "sigma" + end} <= set(data)}
+        if "extractor" in data:  # a file of ours
+            return Source(path, moments=moments, count=int(data["count"]), size=tuple(data["size"].tolist()),
+                          **{key: str(data[key]) for key in ("extractor", "resize", "balance") if key in data})
     need(moments or "arr_0" in data, f"{path}: neither arr_0 nor mu and sigma inside; give images or statistics")
-    s = source(path, moments=moments, extractor="inception" if moments else None)  # with moments: a reference of ADM's
+    s = Source(path, moments=moments, extractor="inception" if moments else None)  # with moments: a reference of ADM's
     if "arr_0" in data:
+        shape, fortran, dtype = data["arr_0"]
         need(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and shape[0] and not fortran,
              f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3); round to 0..255 before saving")
         labels = data.get("arr_1")
@@ -430,7 +406,7 @@ def measure_source(s, x, keep, device, batch_size=32, num_workers=4):
     (rank, world), n = place(), s.count or 0
     batches = s.batches(n * rank // world, n * (rank + 1) // world, batch_size, num_workers)
     bar = tqdm(batches, s.path, -(-n // world // batch_size) or None, disable=rank > 0 or None)
-    statistics, s.features = measure(x.extract, (batch.to(device) for batch in bar), x.name, keep, s.size)
+    statistics, s.features = gather(*measure(x.extract, (batch.to(device) for batch in bar), x.name, keep, s.size))
     if rank == 0:
         s.count = statistics["pool"].count
         if not s.moments:
@@ -454,67 +430,65 @@ def compare(a, b, x, device):
     return record
 
 class Scorer:
-    """Scores of images as they are made, against one reference: what `fid.py SAMPLES REFERENCE` says of the same images.
-    Made before the work starts, it refuses a bad reference then. Under torch.distributed all processes make and call it;
-    if each brings a consecutive share, in the order of ranks, the Inception Score has the splits of a file, too.
+    """Scores against one reference, which is measured first: a bad one is refused before the work starts. Under
+    torch.distributed all processes make and call it; if each brings a consecutive share, in the order of ranks, the
+    Inception Score has the splits of a file, too.
 
         scorer = Scorer("reference.npz", device="cuda")
         scores = scorer(batches, labels)   # an iterable of uint8 (B, 3, H, W); labels (N,) of all, or None
     """
-    def __init__(self, reference, features="inception", weights=None, device="cpu", batch_size=32, num_workers=4):
-        self.reference, self.device = open_source(reference), device
-        self.extractor = prepare([source("samples", batches=True), self.reference], features, weights, device)
+    def __init__(self, reference, features="inception", weights=None, device="cpu", batch_size=32, num_workers=4, samples=None):
+        self.reference, self.device, self.reading = open_source(reference), device, (batch_size, num_workers)
+        self.extractor = prepare([samples or Source("samples", batches=True), self.reference], features, weights, device)
         if self.reference.batches:
-            measure_source(self.reference, self.extractor, ("pool",), device, batch_size, num_workers)
+            measure_source(self.reference, self.extractor, ("pool",), device, *self.reading)
 
     def __call__(self, batches, labels=None):
-        s = source("samples", size=self.reference.size, balance=balance(labels), batches=lambda *_: batches)
-        measure_source(s, self.extractor, ("pool", "logits"), self.device)
-        return compare(s, self.reference, self.extractor, self.device) if place()[0] == 0 else None
+        return self.score(Source("samples", size=self.reference.size, balance=balance(labels), batches=lambda *_: batches))
 
-def run(args):
-    making = args.samples == "stats"
-    need(making == bool(args.out), "--out: belongs to stats, and stats needs it; python fid.py stats REFERENCE -o FILE")
-    need(os.path.isdir(os.path.dirname(args.out or "") or "."), f"--out {args.out}: no such folder; make it first")
-    sources = [open_source(path) for path in ([] if making else [args.samples]) + [args.reference]]
-    need(sources[0].batches or not making, f"{args.reference}: no images in it, only statistics; give images")
-    x = prepare(sources, args.features, args.weights, args.device)
-    both = len(sources) == 2 and all(s.batches for s in sources)
-    for s in reversed(sources):
-        if s.batches:
-            keep = ("pool",) * both + ("logits",) * (not making and s is sources[0])
-            measure_source(s, x, keep, args.device, args.batch_size, args.num_workers)
-    if place()[0]:
-        return
-    if making:
-        s, = sources
-        arrays = {key + "_s" * (part == "spatial"): torch.as_tensor(value).cpu().numpy()
-                  for part, pair in s.moments.items() for key, value in zip(("mu", "sigma"), pair)}
+    def score(self, samples):
+        """A Source -> a dict of scores on the first process, None on the others."""
+        if samples.batches:
+            keep = ("logits", "pool") if self.reference.batches else ("logits",)  # precision and recall compare images
+            measure_source(samples, self.extractor, keep, self.device, *self.reading)
+        return compare(samples, self.reference, self.extractor, self.device) if place()[0] == 0 else None
+
+def write_statistics(args):
+    """The command stats: what a comparison needs of a reference, in a small file."""
+    s = open_source(args.reference)
+    need(s.batches, f"{args.reference}: no images in it, only statistics; give images")
+    x = prepare([s], args.features, args.weights, args.device)
+    measure_source(s, x, (), args.device, args.batch_size, args.num_workers)
+    if place()[0] == 0:
+        arrays = {name + "_s" * (part == "spatial"): torch.as_tensor(moment).cpu().numpy()
+                  for part, moments in s.moments.items() for name, moment in zip(("mu", "sigma"), moments)}
         with open(args.out, "wb") as file:
             np.savez(file, **arrays, count=s.count, size=s.size, extractor=x.name, resize=x.resize, balance=s.balance or "")
-        return print(f"{args.out}: statistics of {s.count} images, extractor {x.name}, resize {x.resize}")
-    record = compare(*sources, x, args.device)
-    print(json.dumps(record) if args.json else "\n".join(f"{key:20s} {value}" for key, value in record.items()))
+        print(f"{args.out}: statistics of {s.count} images, extractor {x.name}, resize {x.resize}")
 
 def main(argv=None):
-    parser = Parser(prog="fid.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("samples", help="folder, .npz or statistics; or the word stats")
-    add("reference", help="folder, .npz or statistics")
-    add("--features", default="inception", help="inception, dino or a timm model's name (default inception)")
-    add("--weights", help="the extractor's file; with dino, a checkpoint of train.py (default: download)")
-    add("-o", "--out", help="with stats: the .npz to write (default none)")
-    add("--json", action="store_true", help="print one line of JSON instead of a table (default off)")
-    add("--batch_size", type=at_least(1), default=32, help="images at once, no influence on scores (default 32)")
-    add("--num_workers", type=at_least(1), default=4, help="threads that read images (default 4)")
-    add("--device", help="cpu, cuda, mps (default: a GPU if there is one)")
+    parser = Parser(prog="fid.py", description=__doc__.split("\n\n")[0].strip(), epilog="examples:\n" + __doc__.split("\n\n")[2], allow_abbrev=False)
+    what, how, out = (parser.add_argument_group(title) for title in ("what to compare", "how", "output"))
+    what.add_argument("samples", help="folder, .npz or statistics; or the word stats, to measure REFERENCE for later")
+    what.add_argument("reference", help="folder, .npz or statistics")
+    how.add_argument("--features", metavar="NAME", default="inception", help="inception, dino or a timm model's name (default inception)")
+    how.add_argument("--weights", metavar="FILE", help="the extractor's; with dino, a checkpoint of train.py for its encoder (default: download)")
+    how.add_argument("--batch_size", metavar="N", type=at_least(1), default=32, help="images at once, no influence on scores (default 32)")
+    how.add_argument("--num_workers", metavar="N", type=at_least(1), default=4, help="threads that read images (default 4)")
+    how.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    out.add_argument("-o", "--out", metavar="FILE", help="with stats: the .npz to write (default none)")
+    out.add_argument("--json", action="store_true", help="print one line of JSON instead of a table (default off)")
     args = parser.parse_args(argv)
     join_processes()
     args.device = pick_device(args.device)
-    try:
-        run(args)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise UserError(f"--batch_size {args.batch_size}: out of memory ({one_line(error)}); give a smaller one") from None
+    need((args.samples == "stats") == bool(args.out), "--out: belongs to stats, and stats needs it; python fid.py stats REFERENCE -o FILE")
+    need(os.path.isdir(os.path.dirname(args.out or "") or "."), f"--out {args.out}: no such folder; make it first")
+    if args.out:
+        return write_statistics(args)
+    samples = open_source(args.samples)
+    record = Scorer(args.reference, args.features, args.weights, args.device, args.batch_size, args.num_workers, samples).score(samples)
+    if record:
+        print(json.dumps(record) if args.json else "\n".join(f"{key:20s} {value}" for key, value in record.items()))
 
 if __name__ == "__main__":
     run_main(main)

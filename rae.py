@@ -14,10 +14,14 @@ Images are float in [0, 1], (B, 3, S, S); latents (B, C, G, G) are normalised pe
 import argparse
 import difflib
 import json
+import logging
 import os
 import re
+import stat
 import sys
 import time
+import zipfile
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +31,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from timm.models.vision_transformer import Block, VisionTransformer
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from dit import MODELS, DiTDH, count, run, sincos_positions
@@ -40,9 +47,11 @@ DECODERS = {
     "L": dict(hidden_size=1024, depth=24, num_heads=16, mlp_hidden=4096),
     "XL": dict(hidden_size=1152, depth=28, num_heads=16, mlp_hidden=4096),
 }
+MEANFLOW_GMACS = 118.6, 311.1  # MeanFlow XL/2 (675.4M) and the SD-VAE's decoder (49.5M) at 256, all matrix products and convolutions
 LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
 LPIPS_FILE = "lpips-vgg-a78928a0.pth"  # ends in the first digits of its sha256, which the download is held against
 HUB = "nyu-visionx/RAE-collections"  # Hugging Face repository of the published weights, and where each file lies in it
+HUB_REVISION = "main"  # a commit hash pins it; which one could not be looked up without a network
 HUB_FILES = {
     256: dict(decoder="decoders/dinov2/wReg_base/ViTXL_n08/model.pt", statistics="stats/dinov2/wReg_base/imagenet1k/stat.pt",
               teacher="DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt"),
@@ -60,6 +69,11 @@ class ProcessLost(UserError):
 
 
 class Parser(argparse.ArgumentParser):
+    """Its help has one line a flag; a mistake is a UserError."""
+
+    def __init__(self, **options):
+        super().__init__(**dict(formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=140)) | options)
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
@@ -108,9 +122,10 @@ class ConvStem(nn.Module):
         super().__init__()
         self.grid_size = (img_size // patch_size,) * 2
         self.num_patches = self.grid_size[0] ** 2
-        widths = (in_chans, 32, 64, embed_dim)
-        self.net = nn.Sequential(*[layer for i in range(3) for layer in (nn.Conv2d(widths[i], widths[i + 1], 3, 2, 1), nn.GroupNorm(8, widths[i + 1]), nn.GELU())],
-                                 nn.Conv2d(embed_dim, embed_dim, 1))
+        layers = []
+        for before, after in ((in_chans, 32), (32, 64), (64, embed_dim)):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
+        self.net = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
 
     def forward(self, images):
         return self.net(images).flatten(2).transpose(1, 2)                                      # (B, 3, S, S) -> (B, N, C)
@@ -123,6 +138,7 @@ def timm_network(name, weights, flag, **options):
     unexpected, and the flag that takes a file.
     """
     random, local = weights == "random", dict(file=str(weights)) if weights else None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it narrates its retries
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # so that "random" means the same network in every stage
         try:
@@ -130,21 +146,27 @@ def timm_network(name, weights, flag, **options):
         except Exception as error:
             config = timm.get_pretrained_cfg(name)
             where = weights or f"{config.hf_hub_id or config.url} on the Hugging Face hub"
-            raise UserError(f"no weights for {name}: looked for {where} ({' '.join(str(error).split())[:200] or type(error).__name__}); "
-                            f"give a local file with {flag}") from None
+            raise UserError(f"no weights for {name}: looked for {where} ({one_line(error)}); give a local file with {flag}") from None
     return net.eval().requires_grad_(False)
+
+
+def known_to_timm(name):
+    """Whether timm itself has this model: not "hf-hub:someone/model" or "local-dir:folder", for which it would go and look.
+
+    The name may come from a checkpoint that somebody else made.
+    """
+    return isinstance(name, str) and timm.is_model(name) and ("." not in name or name in timm.list_pretrained(name))
 
 
 def patch_size_of(name):
     """Patch side in pixels of a vision transformer of timm; UserError where `name` is none."""
-    try:
-        with torch.device("meta"):
-            net = timm.create_model(name)
-    except Exception as error:  # a name that timm does not know
+    if not known_to_timm(name):
         near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0.5)
-        raise UserError(f"--encoder {name}: {one_line(error)}" + f"; near it: {', '.join(near)}" * bool(near)) from None
-    if not isinstance(getattr(net, "num_prefix_tokens", None), int):
-        raise UserError(f"--encoder {name}: not a plain vision transformer; give one of timm's ViTs, such as {DINOV2}")
+        raise UserError(f"--encoder {name}: no model of timm" + f"; near it: {', '.join(near)}" * bool(near))
+    with reading(f"--encoder {name}", "timm cannot make it"), torch.device("meta"):
+        net = timm.create_model(name)
+    need(isinstance(getattr(net, "num_prefix_tokens", None), int),
+         f"--encoder {name}: not a plain vision transformer; give one of timm's ViTs, such as {DINOV2}")
     return net.patch_embed.patch_size[0]
 
 
@@ -246,33 +268,45 @@ class Decoder(nn.Module):
         return x * IMAGENET_STD.to(x) + IMAGENET_MEAN.to(x)
 
 
-def convert_decoder(published):
-    """State dict of a published RAE decoder (transformers' ViTMAE names) -> state dict of Decoder.
+def infer_decoder(state):
+    """The arguments of Decoder that its state dict was made with, read off its shapes: all but num_heads."""
+    hidden, channels = state["embed.weight"].shape
+    return dict(latent_dim=channels, grid=round((state["pos_embed"].shape[1] - 1) ** 0.5), patch_size=round((len(state["head.bias"]) / 3) ** 0.5),
+                hidden_size=hidden, depth=sum(key.endswith("norm1.weight") for key in state), mlp_hidden=len(state["blocks.0.mlp.fc1.bias"]))
 
-    Query, key and value are stacked into one matrix; everything else is renamed. Raises UserError on other tensors.
-    """
-    p = dict(published)
-    try:
-        state = {"cls_token": p.pop("trainable_cls_token"), "pos_embed": p.pop("decoder_pos_embed")}
-        for theirs, ours in (("decoder_embed", "embed"), ("decoder_norm", "norm"), ("decoder_pred", "head")):
-            for kind in ("weight", "bias"):
-                state[f"{ours}.{kind}"] = p.pop(f"{theirs}.{kind}")
-        for i in range(len({key.split(".")[1] for key in p if key.startswith("decoder_layers.")})):
-            for kind in ("weight", "bias"):
-                take = lambda name: p.pop(f"decoder_layers.{i}.{name}.{kind}")
-                state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([take(f"attention.attention.{n}") for n in ("query", "key", "value")])
-                for theirs, ours in (("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
-                                     ("layernorm_before", "norm1"), ("layernorm_after", "norm2")):
-                    state[f"blocks.{i}.{ours}.{kind}"] = take(theirs)
-    except KeyError as missing:
-        raise UserError(f"not a published RAE decoder: tensor {missing} is missing") from None
-    if p:
-        raise UserError(f"not a published RAE decoder: unexpected tensor {sorted(p)[0]}")
+
+def convert_decoder(published, path="this file"):
+    """State dict of a published RAE decoder (transformers' ViTMAE names) -> state dict of Decoder: all is renamed, and
+    query, key and value become one matrix. Raises UserError where one of these is missing; other mistakes show on loading."""
+    renamed = {"trainable_cls_token": "cls_token", "decoder_pos_embed": "pos_embed", "decoder_embed": "embed", "decoder_norm": "norm",
+               "decoder_pred": "head", "decoder_layers": "blocks", "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1",
+               "output.dense": "mlp.fc2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
+    state = {}
+    for name, tensor in published.items():
+        for theirs, ours in renamed.items():
+            name = name.replace(theirs, ours)
+        state[name] = tensor
+    with reading(path, "not a published RAE decoder"):
+        for query in [name for name in state if "attention.attention.query" in name]:
+            parts = [state.pop(query.replace("query", part)) for part in ("query", "key", "value")]            # 3 x (D, D) or (D,)
+            state[query.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)                   # (3 D, D) or (3 D,)
     return state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the decoder is trained with: L1 + LPIPS + an adversarial loss whose discriminator reads frozen DINO features
+
+def lpips_heads(path, widths=(64, 128, 256, 512, 512)):
+    """The weights of VGG's channels in LPIPS, 5 x (C,), downloaded unless `path` is a file or the word "random"."""
+    if path == "random":
+        return [torch.rand(width, generator=torch.Generator().manual_seed(width)) for width in widths]
+    path = path or download(LPIPS_URL, LPIPS_FILE, "--lpips_weights")
+    state = load_weights(path)
+    names = [f"lin{i}.model.1.weight" for i in range(5)]
+    need(sorted(state) == names and all(plain(state[name]) and state[name].numel() == width for name, width in zip(names, widths)),
+         f"{path}: not the linear heads of LPIPS on VGG (tensors {names[0]} to {names[-1]} of {widths} numbers)")
+    return [state[name].flatten() for name in names]
+
 
 class PerceptualDistance(nn.Module):
     """LPIPS, version 0.1 on VGG-16 (Zhang et al. 2018, arXiv 1801.03924): images in [0, 1], twice (B, 3, S, S) -> (B,).
@@ -285,27 +319,8 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         features = timm_network("vgg16.tv_in1k", vgg_weights, "--vgg_weights").features
         self.stages = nn.ModuleList([features[start:end] for start, end in ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))])
-        widths = (64, 128, 256, 512, 512)
-        if lpips_weights == "random":
-            heads = [torch.rand(width, generator=torch.Generator().manual_seed(width)) for width in widths]
-        else:
-            state, path = self.fetch_heads(lpips_weights), lpips_weights or LPIPS_URL
-            names = [f"lin{i}.model.1.weight" for i in range(5)]
-            if sorted(state) != names or [state[name].numel() for name in names] != [*widths]:
-                raise UserError(f"{path}: not the linear heads of LPIPS on VGG (tensors {names[0]} to {names[-1]} of {widths} numbers)")
-            heads = [state[name].flatten() for name in names]                                   # 5 x (C,)
-        for i, head in enumerate(heads):
+        for i, head in enumerate(lpips_heads(lpips_weights)):
             self.register_buffer(f"head{i}", head.view(-1, 1, 1))                               # (C, 1, 1)
-
-    @staticmethod
-    def fetch_heads(path):
-        if path:
-            return load_weights(path)
-        try:
-            return torch.hub.load_state_dict_from_url(LPIPS_URL, map_location="cpu", check_hash=True, file_name=LPIPS_FILE, weights_only=True)
-        except Exception as error:
-            raise UserError(f"no linear heads of LPIPS: looked for {LPIPS_FILE} in torch's cache and for {LPIPS_URL} ({one_line(error)}); "
-                            "give a local file with --lpips_weights") from None
 
     def features(self, images):
         x = (images - IMAGENET_MEAN.to(images)) / IMAGENET_STD.to(images)
@@ -464,92 +479,145 @@ class RAE(nn.Module):
         return dict(encoder=self.encoder_config, decoder=self.decoder.config, state=state)
 
 
-def unpack_rae(packed, with_encoder=False, encoder_weights=None):
-    """Undo RAE.packed(). A public encoder is fetched only where with_encoder asks for it."""
-    state = packed["state"]
-    options = packed["encoder"] | (dict(weights=encoder_weights) if encoder_weights else {})
-    encoder = Encoder(**options) if with_encoder or packed["encoder"]["name"] == "toy" else None
-    rae = RAE(encoder, Decoder(**packed["decoder"]), state.get("mean"), state.get("var"))
-    rae.encoder_config = packed["encoder"]  # known even where the encoder itself is not needed
-    missing, odd = rae.load_state_dict(state, strict=False)
-    missing = [k for k in missing if not k.startswith("encoder.") or packed["encoder"]["name"] == "toy"]
-    if missing or odd:
-        raise UserError(f"the RAE in this checkpoint is damaged: tensor {(missing + odd)[0]} is {'missing' if missing else 'unexpected'}")
+def unpack_rae(packed, with_encoder=False, encoder_weights=None, path="this checkpoint"):
+    """Undo RAE.packed(). A public encoder is fetched only where with_encoder asks for it. Raises UserError that names `path`.
+
+    The file may be anybody's, so sizes are read off its tensors, and the encoder must be one that timm knows by name.
+    """
+    with reading(path, "its RAE is damaged"):
+        state, given, num_heads = packed["state"], packed["encoder"], packed["decoder"]["num_heads"]
+        config = infer_decoder({key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.")})
+        shape = (config["latent_dim"], config["grid"], config["grid"])
+        encoder = dict(name=given["name"], image_size=config["grid"] * config["patch_size"], channels=shape[0])
+        encoder |= dict(weights="random") if "weights" in given else {}
+        need(encoder["name"] == "toy" or known_to_timm(encoder["name"]), f"{path}: its encoder {one_line(encoder['name'])} is no model of timm")
+        need(encoder == given, f"{path}: its encoder {one_line(given)} is not that of its decoder, {encoder}")
+        need(type(num_heads) is int and num_heads > 0, f"{path}: num_heads of its decoder is {one_line(num_heads)}; make or fetch it again")
+        with torch.device("meta"):
+            moments = [torch.empty(shape) if key in state else None for key in ("mean", "var")]
+            rae = RAE(Encoder(**encoder) if encoder["name"] == "toy" else None, Decoder(**config, num_heads=num_heads), *moments)
+        fill(rae, state)
+    rae.encoder_config = encoder  # known even where the encoder itself is not needed
+    if with_encoder and rae.encoder is None:
+        rae.encoder = Encoder(encoder["name"], encoder["image_size"], encoder_weights or encoder.get("weights"))
+        need(rae.encoder.shape == shape, f"{path}: its decoder takes latents {shape}, but {encoder['name']} gives {rae.encoder.shape}")
     return rae.eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files
+# Files: whatever is wrong with one ends in one line that names it
 
 def one_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """An exception, or anything else that may be long, in at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def need(condition, message):
+    """How files and flags are refused: "what: what is wrong; what to do"."""
+    if not condition:
+        raise UserError(" ".join(message.split()))
+
+
+@contextmanager
+def reading(path, what):
+    """Whatever a damaged file makes its reader raise (PIL, zipfile, torch and numpy have dozens of kinds) becomes one line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    except Exception as error:
+        kind, detail = type(error).__name__, one_line(error).split(". ")[0]  # a first sentence is enough
+        raise UserError(f"{path}: {what} ({kind}{f': {detail}' * (detail != kind)}); make or fetch it again") from None
 
 
 def load_file(path):
-    """torch.load of a checkpoint, on the CPU, tensors and plain containers only. Raises UserError naming the file."""
-    try:
+    """torch.load of a checkpoint, on the CPU, tensors and plain containers only. Raises UserError naming the file.
+
+    torch.load ignores the checksums in a file of its own, and would take a tensor with a flipped byte: they are checked first.
+    """
+    with reading(path, "not a readable checkpoint, or cut short"):
+        need(stat.S_ISREG(os.stat(path).st_mode), f"{path}: is a folder, a pipe or a device, not a checkpoint file")  # a pipe might never end
+        if zipfile.is_zipfile(path):  # else it may be of torch's old format, which has no checksums
+            with zipfile.ZipFile(path) as archive:
+                need(archive.testzip() is None, f"{path}: is damaged, it does not match its own checksums; make or fetch it again")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a checkpoint file") from None
-    except Exception as error:
-        raise UserError(f"{path}: not a readable checkpoint, or cut short ({type(error).__name__}); make or fetch it again") from None
 
 
 def load_weights(path, content=None):
     """State dict of a file that holds it bare or under "ema" / "model", with or without wrappers' prefixes."""
     content = load_file(path) if content is None else content
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no state dict")
-    state = next((content[key] for key in ("ema", "model") if isinstance(content.get(key), dict)), content)
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
+    state = next((content[key] for key in ("ema", "model") if content.get(key) is not None), content) if isinstance(content, dict) else content
+    need(isinstance(state, dict), f"{path}: holds no state dict, but {type(state).__name__}")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state.items() if value is not None}
 
 
-def hub_file(kind, resolution, flag):
-    """Where a published file lies in the hub's repository. Raises UserError where there is none of this resolution."""
-    if resolution not in HUB_FILES:
-        raise UserError(f"no published {kind} for resolution {resolution}, only for {' and '.join(map(str, HUB_FILES))}; give ours with {flag}")
-    return HUB_FILES[resolution][kind]
+def plain(x):
+    """Whether x is a tensor of real numbers in memory, as weights are: a file may also hold sparse, quantised or empty ones."""
+    return torch.is_tensor(x) and x.is_floating_point() and x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested
 
 
-def fetch(kind, resolution, flag):
-    """Path of a published file ("decoder", "statistics" or "teacher"), downloaded to the hub's cache on first use."""
+def fill(net, state):
+    """Give a network made on the "meta" device its weights: no time or memory goes into random ones. To be called within reading()."""
+    for key, value in state.items():
+        if not plain(value):
+            raise ValueError(f"{key} is no tensor of real numbers")
+    net.load_state_dict({key: value.float().contiguous() for key, value in state.items()}, assign=True)
+
+
+def download(url, name, flag):
+    """Path of a file in torch's cache, fetched on first use and held against the start of its sha256, with which its name ends."""
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, path.stem[-8:], progress=sys.stderr.isatty())
+        except Exception as error:
+            raise UserError(f"{path}: not there, nor to be had from {url} ({one_line(error)}); give a local file with {flag}") from None
+    return path
+
+
+def fetch(kind, resolution, flag, folder=None):
+    """Path of a published file ("decoder", "statistics" or "teacher"): in `folder`, laid out like the hub's repository, or
+    downloaded to the hub's cache on first use."""
+    need(resolution in HUB_FILES, f"no published {kind} for resolution {resolution}, only for {' and '.join(map(str, HUB_FILES))}; give ours with {flag}")
+    name = HUB_FILES[resolution][kind]
+    if folder:
+        return Path(folder) / name
     from huggingface_hub import hf_hub_download
-    name = hub_file(kind, resolution, flag)
     try:
-        return hf_hub_download(HUB, name)
+        return hf_hub_download(HUB, name, revision=HUB_REVISION)
     except Exception as error:
         raise UserError(f"no {kind} for resolution {resolution}: looked for {name} of {HUB} in the local cache and on the Hugging Face "
                         f"hub ({type(error).__name__}); give a local path with {flag}") from None
 
 
 def published_rae(resolution, folder=None, with_encoder=False, encoder_weights=None):
-    """The published RAE of a resolution, from the hub or from a folder laid out like it. Its size is read off its tensors."""
-    paths = {kind: Path(folder) / hub_file(kind, resolution, "--rae") if folder else fetch(kind, resolution, "--rae") for kind in ("decoder", "statistics")}
-    decoder = convert_decoder(load_weights(paths["decoder"]))
-    hidden, channels = decoder["embed.weight"].shape
-    grid = round((decoder["pos_embed"].shape[1] - 1) ** 0.5)
+    """The published RAE of a resolution, from the hub or from a folder laid out like it."""
+    path, moments_path = (fetch(kind, resolution, "--rae", folder) for kind in ("decoder", "statistics"))
+    published = load_weights(path)
+    with reading(path, "not a published RAE decoder"):
+        decoder = convert_decoder(published, path)
+        channels, grid, hidden = (infer_decoder(decoder)[key] for key in ("latent_dim", "grid", "hidden_size"))
     heads = next((size["num_heads"] for size in DECODERS.values() if size["hidden_size"] == hidden), hidden // 64)
-    config = dict(latent_dim=channels, grid=grid, patch_size=round((len(decoder["head.bias"]) / 3) ** 0.5), hidden_size=hidden, num_heads=heads,
-                  depth=sum(key.endswith("norm1.weight") for key in decoder), mlp_hidden=len(decoder["blocks.0.mlp.fc1.bias"]))
-    statistics = {key: value for key, value in load_weights(paths["statistics"]).items() if value is not None}
-    if "var" not in statistics or not {"mean", "var"} >= set(statistics):
-        raise UserError(f"{paths['statistics']}: no latent statistics, which are tensors 'var' and perhaps 'mean', but {', '.join(sorted(statistics)[:5])}")
-    for key, value in statistics.items():
-        if value.numel() != channels * grid * grid:
-            raise UserError(f"{paths['statistics']}: '{key}' is {tuple(value.shape)}, but the decoder takes latents {(channels, grid, grid)}")
-    state = {f"decoder.{k}": v for k, v in decoder.items()} | {k: v.view(channels, grid, grid) for k, v in statistics.items()}
+    with reading(moments_path, "no latent statistics"):
+        moments = load_weights(moments_path)
+        need("var" in moments and {"mean", "var"} >= set(moments),
+             f"{moments_path}: no latent statistics, which are tensors 'var' and perhaps 'mean', but {one_line(', '.join(sorted(moments)))}")
+        for key, value in moments.items():
+            need(plain(value) and value.numel() == channels * grid * grid,
+                 f"{moments_path}: '{key}' is {tuple(value.shape)}, but the decoder takes latents {(channels, grid, grid)} of real numbers")
+    state = {f"decoder.{key}": value for key, value in decoder.items()} | {key: value.reshape(channels, grid, grid) for key, value in moments.items()}
     encoder = dict(name=DINOV2, image_size=resolution, channels=channels)
-    return unpack_rae(dict(encoder=encoder, decoder=config, state=state), with_encoder, encoder_weights)
+    return unpack_rae(dict(encoder=encoder, decoder=dict(num_heads=heads), state=state), with_encoder, encoder_weights, path)
 
 
 def load_rae(path, device="cpu", with_encoder=True, encoder_weights=None):
     """The RAE inside any checkpoint of ours. Raises UserError naming the file."""
     content = load_file(path)
-    if not isinstance(content, dict) or not content.get("rae"):
-        raise UserError(f"{path}: holds no RAE; give a checkpoint of train.py from the stage rae or later")
-    return unpack_rae(content["rae"], with_encoder, encoder_weights).to(device)
+    need(isinstance(content, dict) and content.get("rae") is not None, f"{path}: holds no RAE; give a checkpoint of train.py from the stage rae or later")
+    return unpack_rae(content["rae"], with_encoder, encoder_weights, path).to(device)
 
 
 def rae_from(given, resolution, with_encoder=True, encoder_weights=None):
@@ -561,6 +629,18 @@ def rae_from(given, resolution, with_encoder=True, encoder_weights=None):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
+
+def read_image(path):
+    """An image file -> PIL image, RGB. Raises UserError where it cannot be read, or has more than eight bits a channel."""
+    with reading(path, "not a readable image"), Image.open(path) as image:
+        need(image.mode[0] not in "IF", f"{path}: its pixels ({image.mode}) are not 8-bit; convert it to 8-bit RGB")
+        return image.convert("RGB")
+
+
+def to_uint8(images):
+    """Images in [0, 1] -> uint8, rounded to nearest: the one rounding rule of this project."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
 
 def shrink(image, side):
     """As ADM resizes, RGB: halve by box filter while twice too large, then bicubic until the shorter side is `side`."""
@@ -588,101 +668,69 @@ def random_crop(image, size, across, down):
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def sd_vae_decoder():
-    """(weights, MACs) of Stable Diffusion's VAE decoder, latents 4 x 32 x 32 to 256 x 256: the sum over its convolutions."""
-    layers = [(4, 4, 1, 32), (4, 512, 3, 32)] + 4 * [(512, 512, 3, 32), (512, 512, 1, 32)]      # two residual blocks, one attention
-    for i, o, side in ((512, 512, 32), (512, 512, 64), (512, 256, 128), (256, 128, 256)):       # three residual blocks each
-        layers += [(i, o, 3, side)] + 5 * [(o, o, 3, side)] + (i != o) * [(i, o, 1, side)]
-        layers += (side < 256) * [(o, o, 3, 2 * side)]                                          # after doubling the side
-    layers += [(128, 3, 3, 256)]
-    return sum(i * o * k * k + o for i, o, k, _ in layers), sum(i * o * k * k * side**2 for i, o, k, side in layers) + 2 * 512 * 32**4
-
-
 def print_costs():
-    """One-step image generation, here and with the VAE's latents of MeanFlow: parameters and multiply-accumulates."""
-    one, rows = torch.ones(1, device="meta"), {}
-    label = torch.zeros(1, dtype=torch.long, device="meta")
+    """Parameters and multiply-accumulates (MACs) of one image, and how one step compares with one in the latents of a VAE."""
+    one, label, rows = torch.ones(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"), {}
     with torch.device("meta"):
         for size in (256, 512):
-            grid = size // 16
-            encoder = timm.create_model(DINOV2, img_size=14 * grid)
-            rows[f"encoder DINOv2-B, {size}"] = count(encoder, torch.empty(1, 3, 14 * grid, 14 * grid))
-            for name, shape in DECODERS.items():
-                if name != "toy":
-                    rows[f"decoder {name}, {size}"] = count(Decoder(768, grid, 16, **shape), torch.empty(1, 768, grid, grid))
-            model = DiTDH(grid, 768, num_classes=1000, average_velocity=True, **MODELS["XL"])
-            rows[f"DiTDH XL, {size}"] = count(model, torch.empty(1, 768, grid, grid), one, label, one)
-        blocks = [Block(1152, 16, qkv_bias=True) for _ in range(28)]
-        condition = nn.Sequential(nn.Linear(512, 1152), nn.Linear(1152, 2304), *[nn.Linear(1152, 6912) for _ in range(28)], nn.Linear(1152, 2304))
-        transformer = nn.Sequential(nn.Linear(16, 1152), *blocks, nn.Linear(1152, 16))
-        rows["MeanFlow XL/2, 256"] = [a + b for a, b in zip(count(transformer, torch.empty(1, 256, 16)),
-                                                           (sum(p.numel() for p in condition.parameters()), sum(m.weight.numel() for m in condition)))]
-        rows["decoder SD-VAE, 256"] = sd_vae_decoder()
+            latent = torch.empty(1, 768, size // 16, size // 16)
+            pixels = size // 16 * 14
+            rows[f"encoder DINOv2-B, {size}"] = count(timm.create_model(DINOV2, img_size=pixels), torch.empty(1, 3, pixels, pixels))
+            for name in ("S", "B", "L", "XL"):
+                rows[f"decoder {name}, {size}"] = count(Decoder(768, size // 16, 16, **DECODERS[name]), latent)
+            rows[f"DiTDH XL, {size}"] = count(DiTDH(size // 16, 768, num_classes=1000, average_velocity=True, **MODELS["XL"]), latent, one, label, one)
     print("MACs of one image, all matrix products and convolutions counted\n")
     for name, (parameters, macs) in rows.items():
         print(f"{name:24} {parameters / 1e6:8.1f}M {macs / 1e9:8.1f} G")
-    ours, theirs = (sum(rows[part][1] for part in parts) / 1e9 for parts in (("DiTDH XL, 256", "decoder XL, 256"), ("MeanFlow XL/2, 256", "decoder SD-VAE, 256")))
-    print(f"\none step at 256: {ours:.1f} G here, {theirs:.1f} G for MeanFlow XL/2 with the SD-VAE: {1 - ours / theirs:.0%} less (the paper: 263 against 424, 38%)")
+    ours, theirs = (rows["DiTDH XL, 256"][1] + rows["decoder XL, 256"][1]) / 1e9, sum(MEANFLOW_GMACS)
+    print(f"\none step at 256: {ours:.1f} G here, {theirs:.1f} G for MeanFlow XL/2 with the SD-VAE: {1 - ours / theirs:.0%} less")
+    print("(the paper: 263 against 424, 38%; it leaves out attention in some rows)")
 
 
 @torch.no_grad()
-def score_folder(rae, args):
-    """PSNR and SSIM over all images of a folder; with --out, all crops and reconstructions as PNG, for fid.py."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-    files = sorted(path for path in Path(args.image).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
-        raise UserError(f"{args.image}: no images in this folder")
-    folders = [Path(args.out) / name for name in ("reconstructions", "originals")] if args.out else []
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    scores = []
-    for first in tqdm(range(0, len(files), args.batch_size), desc="reconstruct", unit="batch"):
-        originals = torch.stack([pil_to_tensor(crop_of(path, rae)) for path in files[first:first + args.batch_size]]).to(args.device)
-        decoded = (rae.decode(rae.encode(originals / 255)).clamp(0, 1) * 255).round().to(torch.uint8)                # (B, 3, S, S)
-        mse = (decoded / 255 - originals / 255).square().mean((1, 2, 3)).clamp_min(1e-10)
-        scores.append(torch.stack([-10 * mse.log10(), ssim(decoded / 255, originals / 255)]).cpu())                 # (2, B)
-        for folder, images in zip(folders, (decoded, originals)):
-            for i, image in enumerate(images.cpu()):
-                to_pil_image(image).save(folder / f"{first + i:06d}.png")
-    psnr, similarity = torch.cat(scores, 1).mean(1)
-    print(f"{len(files)} images of {args.image}: PSNR {psnr:.2f} dB, SSIM {similarity:.4f}")
-    if folders:
-        print(f"rFID: python fid.py {folders[0]} {folders[1]}")
-
-
-def crop_of(path, rae):
-    try:
-        return center_crop(Image.open(path), rae.encoder_config["image_size"])
-    except Exception as error:  # PIL raises a dozen kinds
-        raise UserError(f"{path}: not a readable image ({one_line(error)})") from None
+def reconstruct(rae, files, args):
+    """Yield originals and reconstructions of image files, uint8 (B, 3, S, S), a batch at a time."""
+    for first in tqdm(range(0, len(files), args.batch_size), desc="reconstruct", unit="batch", disable=len(files) == 1):
+        crops = [center_crop(read_image(path), rae.encoder_config["image_size"]) for path in files[first:first + args.batch_size]]
+        originals = torch.stack([pil_to_tensor(crop) for crop in crops]).to(args.device)        # (B, 3, S, S)
+        yield originals, to_uint8(rae.decode(rae.encode(originals / 255)))
 
 
 def main():
-    parser = Parser(description="Reconstruct an image or score the reconstructions of a folder; without either, print what the networks cost.")
-    parser.add_argument("image", nargs="?", help="image of any size, its centre is used; or a folder of images")
-    parser.add_argument("--rae", help="checkpoint of train.py, or a folder laid out like the hub repository (default: the hub)")
-    parser.add_argument("--resolution", type=int, default=256, choices=(256, 512), help="of the published RAE, pixels (default 256)")
-    parser.add_argument("--encoder_weights", help="local file with the encoder's weights, or random (default: timm's hub)")
-    parser.add_argument("--batch_size", type=at_least(1), default=32, help="images of a folder at a time (default 32)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--out", help="of an image: the picture (default reconstruction.png); of a folder: folder for all pairs (default: none)")
+    parser = Parser(description="Reconstruct an image, or score the reconstructions of a folder; without either, print what the networks cost.",
+                    epilog="examples:\n" + __doc__.split("\n\n")[2])
+    what, how = parser.add_argument_group("what to reconstruct"), parser.add_argument_group("with what")
+    what.add_argument("image", nargs="?", help="image of any size, of which the centre is used; or a folder of images")
+    what.add_argument("--out", metavar="PATH", help="of an image: its picture (default reconstruction.png); of a folder: a folder for all pairs (default none)")
+    how.add_argument("--rae", metavar="PATH", help="checkpoint of train.py, or a folder laid out like the hub's repository (default: the hub)")
+    how.add_argument("--resolution", type=int, default=256, choices=(256, 512), help="side in pixels of the published RAE (default 256)")
+    how.add_argument("--encoder_weights", metavar="FILE", help="the encoder's weights, or the word random (default: timm's hub)")
+    how.add_argument("--batch_size", metavar="N", type=at_least(1), default=32, help="images at a time (default 32)")
+    how.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     args = parser.parse_args()
     if not args.image:
         return print_costs()
-    args.device = pick_device(args.device)
-    if not Path(args.image).exists():
-        raise UserError(f"{args.image}: no such file or folder")
+    args.device, image = pick_device(args.device), Path(args.image)
+    files = sorted(path for path in image.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS) if image.is_dir() else [image]
+    need(files, f"{image}: no images in this folder")
     rae = rae_from(args.rae, args.resolution, encoder_weights=args.encoder_weights).to(args.device)
-    if Path(args.image).is_dir():
-        return score_folder(rae, args)
-    from torchvision.transforms.functional import to_tensor
-    from torchvision.utils import save_image
-    image, out = to_tensor(crop_of(args.image, rae))[None].to(args.device), args.out or "reconstruction.png"        # (1, 3, S, S)
-    with torch.no_grad():
-        reconstruction = rae.decode(rae.encode(image)).clamp(0, 1)
-    save_image(torch.cat([image, reconstruction]), out)
-    print(f"{out}: PSNR {-10 * (image - reconstruction).square().mean().log10():.1f} dB, SSIM {ssim(image, reconstruction).item():.3f}")
+    folders = [Path(args.out) / name for name in ("originals", "reconstructions")] if image.is_dir() and args.out else []
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    scores = []
+    for pair in reconstruct(rae, files, args):
+        for folder, images in zip(folders, pair):
+            for i, one in enumerate(images.cpu(), len(scores) * args.batch_size):
+                to_pil_image(one).save(folder / f"{i:06d}.png")
+        a, b = (images / 255 for images in pair)                                                # 2 x (B, 3, S, S)
+        psnr = -10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-10).log10()                  # (B,)
+        scores.append(torch.stack([psnr, ssim(a, b)]).cpu())                                    # (2, B)
+    psnr, similarity = torch.cat(scores, 1).mean(1)
+    if not image.is_dir():
+        save_image(torch.cat([a, b]), args.out or "reconstruction.png")
+    print(f"{image}: {len(files)} image{'s' * (len(files) > 1)}, PSNR {psnr:.2f} dB, SSIM {similarity:.4f}")
+    if folders:
+        print(f"rFID: python fid.py {folders[1]} {folders[0]}")
 
 
 if __name__ == "__main__":

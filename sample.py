@@ -12,7 +12,7 @@ class is i modulo the classes asked for, so that labels are balanced. Neither --
 processes moves a pixel by more than rounding. The same command again goes on where a killed one stopped, and does
 nothing where all is done; the bytes are the same.
 """
-import argparse
+import difflib
 import hashlib
 import re
 import zipfile
@@ -31,10 +31,86 @@ from tqdm import tqdm
 import meanflow
 from dit import DiTDH, infer_config
 from fid import fingerprint, join_processes, place
-from rae import Parser, UserError, at_least, load_file, load_weights, one_line, pick_device, rae_from, run_main, unpack_rae
+from rae import (Parser, UserError, at_least, fill, load_file, load_weights, need, one_line, pick_device, rae_from, reading, run_main, to_uint8,
+                 unpack_rae)
 
 WRITERS = 8  # threads a process that encode and write; with one PNG an image, fewer would keep a fast GPU waiting
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is in a checkpoint
+
+def load_network(path):
+    """Any checkpoint that holds a DiTDH, ours or published -> (network with EMA weights, content of the file)."""
+    content = load_file(path)
+    state = load_weights(path, content)
+    if "x_embedder.proj.weight" not in state:
+        known = {"decoder_pred.weight": "a published RAE decoder", "var": "latent statistics", "patch_embed.proj.weight": "an image encoder"}
+        what = next((name for key, name in known.items() if key in state), "a checkpoint without a velocity network")
+        what = f"a checkpoint of the stage {one_line(content['stage'])}, which holds no velocity network" if isinstance(content.get("stage"), str) else what
+        raise UserError(f"{path}: {what}; give a checkpoint of flow, mid, distill or bootstrap, or released DiTDH weights")
+    with reading(path, "not a DiTDH in the published layout"):
+        with torch.device("meta"):
+            model = DiTDH(**infer_config(state))
+        fill(model, state)
+    alpha, classes, rae = (content.get(key) for key in ("alpha", "classes", "rae"))  # released weights have none of them
+    need(alpha is None or isinstance(alpha, (int, float)) and 0 < alpha < 1e4, f"{path}: its time shift alpha is {one_line(alpha)}, not a number above 0")
+    need(classes is None or isinstance(classes, (list, tuple)) and len(classes) == model.num_classes and all(isinstance(name, str) for name in classes),
+         f"{path}: its classes are {one_line(classes)}, not {model.num_classes} names")
+    need(model.num_classes > 0 and (rae is None or isinstance(rae, dict)), f"{path}: its classes or its RAE are damaged; make or fetch it again")
+    return model.eval().requires_grad_(False), content
+
+
+def imagenet_names():
+    """The 1,000 class names in label order, as timm knows them: 'golden retriever', 'tench, Tinca tinca'."""
+    from timm.data import ImageNetInfo
+    info = ImageNetInfo()
+    return [info.index_to_description(i) for i in range(1000)]
+
+
+def class_names(content, num_classes):
+    """The names in a checkpoint; released weights have none of their own: those of ImageNet, or numbers."""
+    return content.get("classes") or (imagenet_names() if num_classes == 1000 else [str(i) for i in range(num_classes)])
+
+
+def load_all(args):
+    """-> (network, RAE, time shift alpha, names of the classes), all from the checkpoint as far as they are in it."""
+    model, content = load_network(args.ckpt)
+    channels, grid = model.in_channels, model.input_size
+    own = content.get("rae") and not args.rae
+    rae = unpack_rae(content["rae"], path=args.ckpt) if own else rae_from(args.rae, 16 * grid, with_encoder=False)
+    latents = rae.decoder.config["latent_dim"], rae.decoder.config["grid"]
+    need(latents == (channels, grid), f"{args.ckpt}: makes latents of {channels} channels and grid {grid}, but the RAE takes {latents[0]} and {latents[1]}; "
+         "give the one that it was trained with as --rae")
+    alpha = content.get("alpha") or (channels * grid**2 / 4096) ** 0.5
+    return model, rae, alpha, class_names(content, model.num_classes)
+
+
+def parse_classes(text, names):
+    """'207, tench, 3-5' -> [207, 0, 3, 4, 5]. names[i] may list synonyms behind commas. Raises UserError."""
+    lookup = {}
+    for i, name in reversed(list(enumerate(names))):
+        for synonym in [name, *name.split(",")]:
+            lookup[synonym.strip().lower()] = i
+    if text.strip().lower() in lookup:  # a name may contain a comma itself
+        return [lookup[text.strip().lower()]]
+    chosen = []
+    for part in text.split(","):
+        part = part.strip().lower()
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if part in lookup:
+            chosen.append(lookup[part])
+        elif numbers and int(numbers[1]) <= int(numbers[2] or numbers[1]) < len(names):
+            chosen += range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1)
+        else:
+            near = difflib.get_close_matches(part, lookup, n=3)
+            raise UserError(f"--classes: no class {part!r} among {len(names)}; " + (f"near it: {', '.join(near)}" if near else
+                            f"give numbers below {len(names)} or names such as {names[0]!r}"))
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From noise to an image
 
 def noise_of(seed, indices, shape):
     """Noise (B, C, H, W) of the images `indices`: one CPU generator an image, equal on every machine and in every batch."""
@@ -52,16 +128,46 @@ def generate(model, rae, noise, labels, steps, alpha):
     return rae.decode(z).clamp(0, 1)
 
 
-def to_uint8(images):
-    """Images in [0, 1] -> uint8, rounded to nearest: the one rounding rule of this project."""
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+def make_images(model, rae, alpha, steps, output, todo, args):
+    """Make the batches that start at the numbers `todo`. Noise is drawn two batches ahead, and images are written behind."""
+    labels, shape = torch.tensor(output.labels), (model.in_channels, model.input_size, model.input_size)
 
+    def draw(first):
+        return noise_of(args.seed, range(first, min(first + args.batch_size, args.num)), shape)
+
+    with ThreadPoolExecutor(2) as drawers, ThreadPoolExecutor(WRITERS) as writers:
+        drawn, writing = deque(drawers.submit(draw, first) for first in todo[:2]), deque()
+        for k, first in enumerate(tqdm(todo, desc=f"{steps} step{'s' * (steps > 1)}", unit="batch", disable=place()[0] > 0)):
+            noise = drawn.popleft().result().to(args.device)                                    # (B, C, H, W)
+            drawn.extend(drawers.submit(draw, later) for later in todo[k + 2:k + 3])
+            y = labels[first:first + len(noise)].to(args.device)                                # (B,)
+            writing.append(writers.submit(output.write, first, to_uint8(generate(model, rae, noise, y, steps, alpha))))
+            if len(writing) > 2 * WRITERS:  # the disk is behind: wait, rather than fill the memory
+                writing.popleft().result()
+        for job in writing:
+            job.result()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: nothing is made twice, and nothing half made is taken for whole
 
 def save_png(image, path, settings, **how):
     """With a word on what made it, which settings_of reads."""
     info = PngInfo()
     info.add_text("settings", settings)
     image.save(path, pnginfo=info, **how)
+
+
+def settings_of(path):
+    """What a finished .npz or PNG of ours was made with, as it says itself; None of any other file."""
+    try:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                return archive.comment.decode()
+        with Image.open(path) as image:
+            return image.info.get("settings")
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def save_grid(images, path, columns=8, settings=""):
@@ -113,150 +219,93 @@ class Store:
         whole.replace(path)
 
 
-def settings_of(path):
-    """What a finished .npz or PNG of ours was made with, as it says itself; None of any other file."""
-    try:
-        if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as archive:
-                return archive.comment.decode()
-        with Image.open(path) as image:
-            return image.info.get("settings")
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return None
+class Output:
+    """Where the images of one command go: a grid or a folder of PNGs, an .npz, and beside them what a killed run left."""
+
+    def __init__(self, args, labels, settings):
+        self.num, self.labels, self.settings = args.num, labels, settings
+        self.out = Path(args.out) if args.out else Path(args.ckpt).with_suffix(".samples.png")
+        self.npz = args.npz and Path(args.npz if args.npz.endswith(".npz") else args.npz + ".npz")
+        self.as_folder = self.out.suffix.lower() not in (".png", ".jpg")
+        self.files = [self.out / f"{i:06d}_{label}.png" for i, label in enumerate(labels)] if self.as_folder else [self.out]
+        self.target = self.npz or self.out
+        self.partial = self.target.with_name(f"{self.target.name}.{settings}.partial")
+        for flag, folder in (("--out", self.out if self.as_folder else self.out.parent), ("--npz", self.npz.parent if self.npz else Path())):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{flag} {folder}: cannot be made ({one_line(error)})") from None
+        need(not (self.npz and self.npz.is_dir()), f"--npz {self.npz}: is a folder; give the name of a file")
+
+    def complete(self):
+        return not self.partial.exists() and all(settings_of(path) == self.settings for path in [self.npz or self.files[0], *self.files])
+
+    def open(self, size):
+        """Ready to write -> which images are done already, bool (num,)."""
+        keep = self.num if self.npz else 0 if self.as_folder else min(64, self.num)
+        self.store = Store(self.partial, self.num, keep, size)
+        return np.fromfile(self.partial, bool, self.num) & [not self.as_folder or settings_of(path) == self.settings for path in self.files]
+
+    def write(self, first, images):
+        """images: uint8 (B, 3, S, S), of which the first one has the number `first`."""
+        pixels = images.cpu().permute(0, 2, 3, 1).numpy()                                       # (B, S, S, 3)
+        if self.as_folder:
+            for image, path in zip(pixels, self.files[first:first + len(pixels)]):
+                save_png(Image.fromarray(image), path, self.settings, compress_level=1)         # 7% larger, three times as fast
+        self.store.write(first, pixels)
+
+    def finish(self):
+        if not self.as_folder:
+            save_grid(torch.from_numpy(self.store.read(0, 64)).permute(0, 3, 1, 2), self.out, settings=self.settings)
+        if self.npz:
+            self.store.pack(self.npz, np.array(self.labels), self.settings)
+        self.partial.unlink()
 
 
-def load_network(path):
-    """Any checkpoint that holds a DiTDH, ours or published -> (network with EMA weights, content of the file)."""
-    content = load_file(path)
-    state = load_weights(path, content)
-    if "x_embedder.proj.weight" not in state:
-        known = {"decoder_pred.weight": "a published RAE decoder", "var": "latent statistics", "patch_embed.proj.weight": "an image encoder"}
-        what = next((name for key, name in known.items() if key in state), "a checkpoint without a velocity network")
-        what = f"a checkpoint of the stage {content['stage']}, which holds no velocity network" if isinstance(content.get("stage"), str) else what
-        raise UserError(f"{path}: {what}; give a checkpoint of flow, mid, distill or bootstrap, or released DiTDH weights")
-    try:
-        model = DiTDH(**infer_config(state))
-        model.load_state_dict(state)
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not a DiTDH in the published layout ({' '.join(str(error).split())[:160]})") from None
-    return model.eval().requires_grad_(False), content
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
 
-
-def imagenet_names():
-    """The 1,000 class names in label order, as timm knows them: 'golden retriever', 'tench, Tinca tinca'."""
-    from timm.data import ImageNetInfo
-    info = ImageNetInfo()
-    return [info.index_to_description(i) for i in range(1000)]
-
-
-def parse_classes(text, names):
-    """'207, tench, 3-5' -> [207, 0, 3, 4, 5]. names[i] may list synonyms behind commas. Raises UserError."""
-    lookup = {}
-    for i, name in reversed(list(enumerate(names))):
-        for synonym in [name, *name.split(",")]:
-            lookup[synonym.strip().lower()] = i
-    if text.strip().lower() in lookup:  # a name may contain a comma itself
-        return [lookup[text.strip().lower()]]
-    chosen = []
-    for part in text.split(","):
-        part = part.strip().lower()
-        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if part in lookup:
-            chosen.append(lookup[part])
-        elif numbers and int(numbers[1]) <= int(numbers[2] or numbers[1]) < len(names):
-            chosen += range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1)
-        else:
-            import difflib
-            near = difflib.get_close_matches(part, lookup, n=3)
-            raise UserError(f"--classes: no class {part!r} among {len(names)}; " + (f"near it: {', '.join(near)}" if near else
-                            f"give numbers below {len(names)} or names such as {names[0]!r}"))
-    return chosen
+def parse_arguments():
+    parser = Parser(description="Images from a checkpoint of train.py or a published one.", epilog="examples:\n" + __doc__.split("\n\n")[2])
+    what, out, how = (parser.add_argument_group(title) for title in ("what to sample", "output", "how"))
+    what.add_argument("--ckpt", metavar="FILE", required=True, help="checkpoint of flow, mid, distill or bootstrap, or published DiTDH weights")
+    what.add_argument("--rae", metavar="PATH", help="another RAE: our checkpoint, or a folder like the hub's (default: that of CKPT, or the hub's)")
+    what.add_argument("--steps", metavar="N", type=at_least(1), help="evaluations of the network an image (default: student 1, teacher 50)")
+    what.add_argument("--num", metavar="N", type=at_least(1), default=64, help="number of images (default 64)")
+    what.add_argument("--classes", metavar="LIST", help="names, numbers and ranges, separated by commas (default: all in turn)")
+    what.add_argument("--seed", metavar="N", type=at_least(0), default=0, help="image i is a function of (seed, i) (default 0)")
+    out.add_argument("--out", metavar="PATH", help="grid PNG of the first 64, or a folder for one PNG an image (default: CKPT's name with .samples.png)")
+    out.add_argument("--npz", metavar="FILE", help="also write arr_0 (uint8 N,H,W,3) and arr_1 (labels) here (default: none)")
+    how.add_argument("--batch_size", metavar="N", type=at_least(1), default=64, help="images at a time (default 64)")
+    how.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    return parser.parse_args()
 
 
 def main():
-    parser = Parser(description="Images from a checkpoint of train.py or a published one.", epilog=__doc__.split("\n\n")[2],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="checkpoint of flow, mid, distill or bootstrap, or published DiTDH weights")
-    parser.add_argument("--steps", type=at_least(1), help="evaluations of the network an image (default: student 1, teacher 50)")
-    parser.add_argument("--num", type=at_least(1), help="number of images (default 64)", default=64)
-    parser.add_argument("--classes", help="names, numbers and ranges, separated by commas (default: all)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="image i is a function of (seed, i) (default 0)")
-    parser.add_argument("--out", help="grid PNG of the first 64, or a folder for one PNG an image (default: CKPT with the ending .samples.png)")
-    parser.add_argument("--npz", help="also write arr_0 (uint8 N,H,W,3) and arr_1 (labels) here")
-    parser.add_argument("--batch_size", type=at_least(1), default=64, help="images at a time (default 64)")
-    parser.add_argument("--rae", help="for published weights: our RAE checkpoint or a folder like the hub's (default: the hub)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    args = parser.parse_args()
+    args = parse_arguments()
     join_processes()
     rank, world = place()
     args.device = pick_device(args.device)
-
-    model, content = load_network(args.ckpt)
-    channels, grid = model.in_channels, model.input_size
-    alpha = content.get("alpha") or (channels * grid * grid / 4096) ** 0.5
-    own = content.get("rae") and not args.rae
-    rae = unpack_rae(content["rae"]) if own else rae_from(args.rae, 16 * grid, with_encoder=False)
-    names = content.get("classes") or imagenet_names()
+    model, rae, alpha, names = load_all(args)
     classes = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
     steps = args.steps or (1 if model.r_embedder is not None else 50)
-    labels = torch.tensor(classes).repeat(-(-args.num // len(classes)))[:args.num]              # (num,)
-    made_with = (fingerprint(model), fingerprint(rae), steps, alpha, args.seed, labels.tolist())
-    settings = hashlib.sha256(repr(made_with).encode()).hexdigest()[:16]
-    model, rae = model.to(args.device), rae.to(args.device)
-
-    out = Path(args.out) if args.out else Path(args.ckpt).with_suffix(".samples.png")
-    npz = args.npz and Path(args.npz if args.npz.endswith(".npz") else args.npz + ".npz")
-    as_folder = out.suffix.lower() not in (".png", ".jpg")
-    name = lambda i: out / f"{i:06d}_{labels[i]}.png"
-    for flag, folder in (("--out", out if as_folder else out.parent), ("--npz", npz.parent if npz else Path())):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{flag} {folder}: cannot be made ({one_line(error)})") from None
-    if npz and npz.is_dir():
-        raise UserError(f"--npz {npz}: is a folder; give the name of a file")
-    target = npz or out
-    partial = target.with_name(f"{target.name}.{settings}.partial")
-    report = f"{args.num} images, {steps} evaluation{'s' * (steps > 1)} each: {out}" + (f", {npz}" if npz else "")
-    outputs = [name(i) for i in range(args.num)] if as_folder else [out]
-    if not partial.exists() and all(settings_of(path) == settings for path in [npz or outputs[0], *outputs]):
+    labels = [classes[i % len(classes)] for i in range(args.num)]
+    made_with = (fingerprint(model), fingerprint(rae), steps, alpha, args.seed, labels)
+    output = Output(args, labels, settings=hashlib.sha256(repr(made_with).encode()).hexdigest()[:16])
+    report = f"{args.num} images, {steps} evaluation{'s' * (steps > 1)} each: {output.out}" + (f", {output.npz}" if output.npz else "")
+    if output.complete():
         return print(f"{report}: all there already") if rank == 0 else None
-
-    def draw(first):
-        return noise_of(args.seed, range(first, min(first + args.batch_size, args.num)), (channels, grid, grid))
-
-    def write(first, images):
-        pixels = images.cpu().permute(0, 2, 3, 1).numpy()                                       # (B, S, S, 3)
-        for i, image in enumerate(pixels, first) if as_folder else ():
-            save_png(Image.fromarray(image), name(i), settings, compress_level=1)               # 7% larger, three times as fast
-        store.write(first, pixels)
-
     try:
-        store = Store(partial, args.num, args.num if npz else 0 if as_folder else min(64, args.num), rae.decoder.patch_size * rae.decoder.config["grid"])
-        done = np.fromfile(partial, bool, args.num) & [not as_folder or settings_of(path) == settings for path in outputs]
+        done = output.open(rae.decoder.patch_size * rae.decoder.config["grid"])
         todo = [first for first in range(0, args.num, args.batch_size)[rank::world] if not done[first:first + args.batch_size].all()]
-        with ThreadPoolExecutor(2) as drawers, ThreadPoolExecutor(WRITERS) as writers:
-            drawn, writing = deque(drawers.submit(draw, first) for first in todo[:2]), deque()  # noise two batches ahead, images behind
-            for k, first in enumerate(tqdm(todo, desc=f"{steps} step{'s' * (steps > 1)}", unit="batch", disable=rank > 0)):
-                noise = drawn.popleft().result().to(args.device)                                # (B, C, H, W)
-                drawn.extend(drawers.submit(draw, later) for later in todo[k + 2:k + 3])
-                y = labels[first:first + len(noise)].to(args.device)
-                writing.append(writers.submit(write, first, to_uint8(generate(model, rae, noise, y, steps, alpha))))
-                if len(writing) > 2 * WRITERS:  # the disk is behind: wait, rather than fill the memory
-                    writing.popleft().result()
-            for job in writing:
-                job.result()
+        make_images(model.to(args.device), rae.to(args.device), alpha, steps, output, todo, args)
         if world > 1:
             dist.barrier()
         if rank == 0:
-            if not as_folder:
-                save_grid(torch.from_numpy(store.read(0, 64)).permute(0, 3, 1, 2), out, settings=settings)
-            if npz:
-                store.pack(npz, labels.numpy(), settings)
-            partial.unlink()
+            output.finish()
             print(report)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({one_line(error)})") from None
+        raise UserError(f"{output.target}: cannot be written ({one_line(error)})") from None
 
 
 if __name__ == "__main__":

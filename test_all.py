@@ -4,9 +4,11 @@
     python -m pytest test_all.py -k flow    # only what has "flow" in its name
 """
 import inspect
+import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -519,10 +521,12 @@ def test_published_decoder_layout_against_a_plain_forward():
         image[:, row:row + 8, column:column + 8] = x[token].view(8, 8, 3).permute(2, 0, 1)
     image = image * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     assert relative(decoder(z)[0], image) < 1e-5
-    with pytest.raises(rae.UserError, match="unexpected tensor extra"):
-        rae.convert_decoder(p | {"extra": torch.zeros(1)})
-    with pytest.raises(rae.UserError, match="decoder_pred.bias"):
-        rae.convert_decoder({k: v for k, v in p.items() if k != "decoder_pred.bias"})
+    for change, problem in ((lambda p: p.update(extra=torch.zeros(1)), "Unexpected key.*extra"), (lambda p: p.pop("decoder_pred.bias"), "head.bias"),
+                            (lambda p: p.pop("decoder_layers.0.attention.attention.key.bias"), "attention.key.bias")):
+        changed = dict(p)
+        change(changed)
+        with pytest.raises((rae.UserError, RuntimeError), match=problem):
+            decoder.load_state_dict(rae.convert_decoder(changed))
 
 
 def test_rae_encodes_normalised_latents_and_packs_into_a_file(tmp_path):
@@ -536,6 +540,42 @@ def test_rae_encodes_normalised_latents_and_packs_into_a_file(tmp_path):
     torch.save(dict(rae=model.packed()), tmp_path / "x.pt")
     again = rae.load_rae(tmp_path / "x.pt")
     assert torch.equal(again.encode(images), z) and torch.equal(again.decode(z), model.decode(z))
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+def test_load_file_takes_whole_checkpoints_only(tmp_path):
+    content, path = dict(x=torch.randn(300, 9), y=[dict(z=torch.arange(50)), "word", None], step=3), tmp_path / "x.pt"
+    torch.save(content, path)
+    whole = path.read_bytes()
+    for place in [*np.linspace(0, len(whole) - 1, 30, dtype=int), whole.index(content["x"].numpy().tobytes()) + 999]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1:])
+        try:
+            got = rae.load_file(path)
+        except rae.UserError as error:
+            assert re.search(r"x.pt: (is damaged|not a readable)", str(error)) and "\n" not in str(error)
+        else:  # a byte without a meaning, of padding or of a date
+            assert torch.equal(got["x"], content["x"]) and torch.equal(got["y"][0]["z"], content["y"][0]["z"]) and got["y"][1:] == content["y"][1:]
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(rae.load_file(path)["x"], content["x"])  # torch's old format has no checksums
+    torch.save(Hostile(), tmp_path / "hostile.pt")
+    torch.save([Hostile()], tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name, data in (("empty", b""), ("text", b"no checkpoint"), ("cut", whole[:len(whole) // 2]), ("old_cut", path.read_bytes()[:900]), ("locked", whole)):
+        (tmp_path / f"{name}.pt").write_bytes(data)
+    np.savez(tmp_path / "zip.npz", np.zeros(3))
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "locked.pt").chmod(0)
+    for name, problem in (("hostile.pt", "not a readable"), ("old.pt", "not a readable"), ("empty.pt", "not a readable"), ("text.pt", "not a readable"), ("cut.pt", "not a readable"),
+                          ("old_cut.pt", "not a readable"), ("zip.npz", "not a readable"), ("pipe.pt", "is a folder, a pipe or a device"), ("/dev/null", "is a folder, a pipe"),
+                          ("none.pt", "no such file"), ("text.pt/x.pt", "not a readable"), (".", "is a folder"), ("locked.pt", "permission denied")):
+        if name == "locked.pt" and os.access(tmp_path / name, os.R_OK):
+            continue  # root may read anything
+        with pytest.raises(rae.UserError, match=f"{name}: {problem}" if name != "." else problem) as refusal:
+            rae.load_file(tmp_path / name)
+        assert "\n" not in str(refusal.value)
 
 
 def test_latent_statistics_are_exact_in_any_batches_and_order():
@@ -577,6 +617,93 @@ def test_checkpointing_changes_memory_and_nothing_else():
         assert all(torch.equal(a, b) for a, b in zip(gradients[0][1], gradients[1][1])) and gradients[1][0] < gradients[0][0] / 2
 
 
+def mutate(content, rng):
+    """Delete, retype, reshape or add one thing at a random depth of nested dicts and lists -> a word on what was done."""
+    place, path = content, []
+    while True:
+        key = rng.choice([*place] if isinstance(place, dict) else range(len(place)))
+        path.append(str(key))
+        if not isinstance(place[key], (dict, list)) or not place[key] or rng.random() < 0.15:
+            break
+        place = place[key]
+    value = place[key]
+    if torch.is_tensor(value) and rng.random() < 0.6:
+        new = rng.choice([lambda x: x[..., :-1], lambda x: x[None], lambda x: x.flatten(), lambda x: x.long(), lambda x: x.bool(), lambda x: x.sum(), lambda x: x.new_zeros(0),
+                          lambda x: x.to(torch.complex64), lambda x: x.to_sparse(), lambda x: x.to("meta"), lambda x: x.half(), lambda x: torch.cat([x, x]) if x.dim() else x])(value)
+    else:
+        new = rng.choice([0, 1, -1, 7, 10**9, 10**400, 0.5, float("nan"), float("inf"), True, None, "", "word", "two\nlines", b"bytes", [], [1], {}, {"weight": 1}, {1: 2}, (3,),
+                          torch.zeros(3), torch.zeros(()), torch.arange(4), torch.zeros(0), ["a"] * 10, "hf-hub:someone/model"])
+    done = rng.choice(["set", "set", "delete", "add"])
+    if done == "set":
+        place[key] = new
+    elif done == "delete":
+        del place[key]
+    elif isinstance(place, dict):
+        place[rng.choice(["extra", "two\nlines", 5, "decoder.blocks.7.norm1.weight", "blocks.99.norm1.weight", "mean"])] = new
+    return f"{done} {'.'.join(path)} {one_line(repr(new))}"
+
+
+def one_line(text):
+    return " ".join(text.split())[:80]
+
+
+def small_checkpoint(num_classes=10):
+    """Of the shape of train.py's: a student and the RAE in whose latents it lives."""
+    state = small_dit(average_velocity=True).state_dict()
+    return dict(stage="mid", step=4, config=dict(stage="mid"), classes=[f"class {i}" for i in range(num_classes)], alpha=2.5, model=state, ema=state, rae=small_rae().packed())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_checkpoint_with_anything_in_it_is_read_or_refused_in_one_line(seed, tmp_path, monkeypatch):
+    rng, path, outcomes = random.Random(seed), tmp_path / "x.pt", []
+    monkeypatch.setattr(sys, "argv", [*map(str, ("sample.py", "--ckpt", path, "--num", 2, "--device", "cpu", "--out", tmp_path / "x.png"))])
+    torch.save(small_checkpoint(), path)
+    whole = path.read_bytes()
+    for trial in range(40):
+        content = torch.load(io.BytesIO(whole))
+        done = [mutate(content, rng) for _ in range(rng.choice((1, 1, 2)))]
+        torch.save(content, path)
+        (tmp_path / "x.png").unlink(missing_ok=True)
+        for read in (lambda: sample.load_network(path), lambda: rae.load_rae(path), sample.main):
+            try:
+                read()
+                outcomes.append(True)
+            except rae.UserError as error:
+                outcomes.append(False)
+                assert ("x.pt: " in str(error) or "give ours with --rae" in str(error)) and len(str(error).splitlines()) == 1, (done, str(error))
+            except Exception as error:
+                raise AssertionError(f"{done}: {error!r}") from error
+    assert 20 < sum(outcomes) < 110
+
+
+def test_a_published_decoder_with_anything_in_it_is_read_or_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(rae.DECODERS, "XL", dict(hidden_size=16, depth=1, num_heads=2, mlp_hidden=40))
+    decoder, statistics = (tmp_path / rae.HUB_FILES[256][kind] for kind in ("decoder", "statistics"))
+    rng, outcomes = random.Random(0), []
+    for trial in range(80):
+        files = {decoder: {"model": published_decoder(16, 6, 256, 16, 40)}, statistics: dict(mean=torch.zeros(6, 16, 16), var=torch.ones(6, 16, 16))}
+        done = mutate(files[rng.choice([decoder, statistics])], rng)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, path)
+        try:
+            outcomes.append(rae.published_rae(256, tmp_path).decode(torch.zeros(1, 6, 16, 16)).shape == (1, 3, 256, 256))
+        except rae.UserError as error:
+            outcomes.append(False)
+            assert str(error).startswith(str(tmp_path)) and len(str(error).splitlines()) == 1, (done, str(error))
+    assert 5 < sum(outcomes) < 75
+
+
+def test_no_name_in_a_checkpoint_makes_timm_reach_out(tmp_path, monkeypatch):
+    packed = small_rae().packed()
+    for name in ("hf-hub:someone/model", "local-dir:.", "timm/vit_base_patch16_224", "vit_base_patch16_224.hf-hub:someone/model", "", 5, None):
+        monkeypatch.setattr(timm, "create_model", None)
+        with pytest.raises(rae.UserError, match="x.pt: its encoder .* is no model of timm"):
+            rae.unpack_rae(packed | dict(encoder=packed["encoder"] | dict(name=name)), with_encoder=True, path="x.pt")
+    with pytest.raises(rae.UserError, match="x.pt: its encoder .* is not that of its decoder"):  # a path is no business of the file either
+        rae.unpack_rae(packed | dict(encoder=packed["encoder"] | dict(weights="/etc/passwd")), path="x.pt")
+
+
 TINY_VIT = "test_vit.r160_in1k"  # timm's own, for tests: patches of 16, 64 channels, a class token, pixels scaled to [-1, 1]
 
 
@@ -593,7 +720,8 @@ def test_encoder_of_any_name_takes_its_facts_from_the_network(tmp_path):
     torch.save({k: v for k, v in net.state_dict().items() if k != "blocks.1.attn.qkv.weight"}, tmp_path / "w.pth")
     with pytest.raises(rae.UserError, match="w.pth .*blocks.1.attn.qkv.weight.*--encoder_weights"):
         rae.Encoder(TINY_VIT, 64, tmp_path / "w.pth")
-    for name, problem in (("test_resnet.r160_in1k", "not a plain vision transformer"), ("vit_base_patch14_dinov9", "Unknown model.*near it: .*vit_base_patch14_dinov2")):
+    for name, problem in (("test_resnet.r160_in1k", "not a plain vision transformer"), ("vit_base_patch14_dinov9", "no model of timm; near it: .*vit_base_patch14_dinov2"),
+                          ("hf-hub:someone/model", "no model of timm"), ("local-dir:.", "no model of timm"), (f"{TINY_VIT}9", "no model of timm")):
         with pytest.raises(rae.UserError, match=f"--encoder {name}: {problem}"):
             rae.Encoder(name, 64)
 
@@ -613,7 +741,7 @@ def perceptual():
     return rae.PerceptualDistance("random", "random")
 
 
-def test_perceptual_distance_is_lpips(perceptual, tmp_path):
+def test_perceptual_distance_is_lpips(perceptual, tmp_path, monkeypatch):
     a, b = torch.rand(2, 2, 3, 32, 32)
     x, y = ((2 * images - 1 - torch.tensor([-0.03, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.45]).view(3, 1, 1) for images in (a, b))
     expected, widths = torch.zeros(2), []
@@ -630,8 +758,11 @@ def test_perceptual_distance_is_lpips(perceptual, tmp_path):
     perceptual(black, a[:1]).sum().backward()
     assert black.grad.isfinite().all()
     torch.save({f"lin{i}.model.1.weight": torch.full((1, c, 1, 1), i + 1.0) for i, (c, _) in enumerate(widths)}, tmp_path / "heads.pth")
-    state = rae.PerceptualDistance.fetch_heads(tmp_path / "heads.pth")
-    assert [state[f"lin{i}.model.1.weight"].mean().item() for i in range(5)] == [1, 2, 3, 4, 5]
+    assert [head.mean().item() for head in rae.lpips_heads(tmp_path / "heads.pth")] == [1, 2, 3, 4, 5]
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **options: 1 / 0)
+    with pytest.raises(rae.UserError, match=f"{rae.LPIPS_FILE}: not there.*--lpips_weights"):
+        rae.lpips_heads(None)
 
 
 def test_adversarial_loss_pulls_as_hard_as_its_weight_says():
@@ -1178,6 +1309,18 @@ def test_batch_that_the_processes_do_not_divide(photographs, tmp_path):
     assert status != 0 and lines == ["train.py: --batch_size 7: cannot be divided among 2 processes; give a multiple of 2"], output
 
 
+def test_help_has_a_line_for_each_flag_and_ends_in_examples(monkeypatch, capsys):
+    for script in (sample, fid, rae):
+        name = f"{script.__name__}.py"
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            script.main()
+        text = capsys.readouterr().out
+        flags = re.findall(r"^  (-.*)$", text, re.M)[1:]
+        assert len(flags) > 4 and all(re.search(r"  \w.*(default|seed|published)", flag) and len(flag) < 140 for flag in flags), text
+        assert len(text.split("examples:")[1].strip().splitlines()) >= 4 and f"python {name}" in text.split("examples:")[1]
+
+
 def test_reconstruction_command(photographs, trained, tmp_path):
     status, output = run(HERE / "rae.py", photographs / "0" / "0.jpg", "--rae", trained / "rae.pt", folder=tmp_path)
     assert status == 0 and "PSNR" in output and (tmp_path / "reconstruction.png").exists()
@@ -1637,6 +1780,9 @@ def fid_files(tmp_path_factory):
     np.savez(path / "wide.npz", np.zeros((24, 8, 16, 3), np.uint8))
     np.savez(path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(3), sigma_s=np.eye(3))
     np.savez(path / "batch.npz", arr_0=(images // 2)[:10], mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    np.savez(path / "odd.npz", mu=np.zeros(3), sigma=np.eye(3), size="wide", extractor="another")
+    np.savez(path / "words.npz", mu=np.array(["a", "b", "c"]), sigma=np.eye(3))
+    torch.save(torch.zeros(9), path / "weights.pt")
     np.savez(path / "theirs.npz", mu=np.zeros(3), sigma=np.eye(3), count=24, size=(8, 8), extractor="another")
     (path / "empty").mkdir()
     for name in ("mixed", "broken", "deep"):
@@ -1723,7 +1869,8 @@ def test_fid_scorer_says_of_images_as_they_are_made_what_the_command_says(fid_fi
     ("labels.npz folder", "labels.npz: arr_1"), ("images.npz few.npz", "few.npz: 3 images for 3 features leave the covariance singular"),
     ("few.npz adm.npz", "few.npz: 3 images"), ("wide.npz folder", "wide.npz: its image size"), ("mixed folder", "b.png: (8, 4)"),
     ("broken folder", "b.jpg: not a readable"), ("deep folder", "b.png: its pixels"), ("images.npz theirs.npz", "theirs.npz: made by another"),
-    ("stored.npz folder", "stored.npz: arr_0 is damaged"), ("deflated.npz folder", "deflated.npz: arr_0 is damaged"), ("cut.npz folder", "cut.npz: "),
+    ("stored.npz folder", "stored.npz: arr_0 is damaged"), ("deflated.npz folder", "deflated.npz: arr_0 is damaged"), ("cut.npz folder", "cut.npz: "), ("images.npz odd.npz", "odd.npz: its contents are damaged"),
+    ("images.npz words.npz", "words.npz: its contents are damaged"), ("images.npz weights.pt", "weights.pt: neither arr_0 nor"),
     ("label.npz folder", "label.npz: arr_1 is damaged"), ("objects.npz folder", "objects.npz: arr_1 is damaged"),
     ("images.npz adm.npz --features dino", "adm.npz: no images"), ("stats folder", "--out: belongs"),
     ("stats adm.npz -o x.npz", "adm.npz: no images"), ("stats folder -o no_such_folder/x.npz", "--out no_such_folder/x.npz"),
