@@ -137,8 +137,7 @@ def join_processes(timeout=timedelta(days=1)):
     """Under torchrun: meet the other processes, and take the GPU of this one's rank. Raises UserError where it has none."""
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if gpus:
-        if local >= gpus:
-            raise UserError(f"--nproc_per_node: more processes than GPUs ({gpus}); give as many")
+        need(local < gpus, f"--nproc_per_node: more processes than GPUs ({gpus}); give as many")
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))

@@ -14,7 +14,10 @@ nothing where all is done; the bytes are the same.
 """
 import difflib
 import hashlib
+import json
 import re
+import sys
+import time
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +26,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import meanflow
 from dit import DiTDH, infer_config
-from fid import fingerprint, join_processes, place
+from fid import feature_statistics, fingerprint, frechet_distance, join_processes, place
 from rae import (Parser, UserError, at_least, fill, load_file, load_weights, need, one_line, pick_device, rae_from, reading, run_main, to_uint8,
                  unpack_rae)
 
@@ -170,13 +175,42 @@ def settings_of(path):
         return None
 
 
-def save_grid(images, path, columns=8, settings=""):
-    """Images uint8 (B, 3, S, S) -> one PNG, `columns` a row."""
+def save_grid(images, path, columns=8, settings="", titles=()):
+    """Images uint8 (B, 3, S, S) -> one PNG, `columns` a row, with a title to the left of every two rows or so."""
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255)   # (3, height, width)
     scale = max(1, 64 // images.shape[-1])                                                      # small pictures are shown larger
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())                                      # (height, width, 3)
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    if titles:
+        image = ImageOps.expand(image, (190, 0, 0, 0), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(image).text((8, (i + 0.35) * image.height / len(titles)), title, "black", font_size=15)
     save_png(image, path, settings)
+
+
+def save_curves(charts, path, width=600, height=400):
+    """Line charts with logarithmic y, and x where it is a handful of numbers -> one PNG. charts: {title: {name: (xs, ys)}}."""
+    picture = Image.new("RGB", (width * len(charts), height), "white")
+    draw, colours = ImageDraw.Draw(picture), ("royalblue", "crimson", "seagreen", "darkorange", "purple", "teal", "black", "gray")
+    for k, (title, curves) in enumerate(charts.items()):
+        curves = {name: [np.array(values, float) for values in xy] for name, xy in curves.items()}
+        xs, ys = (np.unique(np.concatenate([curve[i] for curve in curves.values()])) for i in (0, 1))
+        if not len(xs):
+            continue
+        scale, x_ticks = (np.log, xs) if len(xs) < 10 else (float, np.linspace(xs[0], xs[-1], 6).round())
+        low, high = np.floor(np.log10(ys[0])), np.ceil(np.log10(ys[-1]) + 1e-9)
+        to_x = lambda x: k * width + 60 + (width - 90) * (scale(x) - scale(xs[0])) / max(scale(xs[-1]) - scale(xs[0]), 1e-9)
+        to_y = lambda y: height - 40 - (height - 80 - 16 * len(curves)) * (np.log10(y) - low) / (high - low)
+        draw.text((k * width + 60, 8), title, "black", font_size=16)
+        for x in x_ticks:
+            draw.text((to_x(x), height - 32), f"{x:g}", "black", font_size=13, anchor="ma")
+        for power in np.arange(low, high + 1):
+            draw.line([(k * width + 60, to_y(10**power)), ((k + 1) * width - 30, to_y(10**power))], "lightgray")
+            draw.text((k * width + 52, to_y(10**power)), f"{10**power:g}", "black", font_size=13, anchor="rm")
+        for i, (name, (x, y)) in enumerate(curves.items()):
+            draw.line([(to_x(a), to_y(b)) for a, b in zip(x, y)], colours[i % len(colours)], 2)
+            draw.text((k * width + 70, 32 + 16 * i), name, colours[i % len(colours)], font_size=13)
+    picture.save(path)
 
 
 class Store:
@@ -260,6 +294,83 @@ class Output:
         if self.npz:
             self.store.pack(self.npz, np.array(self.labels), self.settings)
         self.partial.unlink()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints side by side: the verdict at the end of `train.py --toy`, and `train.py --toy --report CKPT ...`
+
+def train_classifier(images, labels, num_classes, steps, device, seed=0):
+    """A small convolutional network, trained on (N, 3, 32, 32) uint8: whether a sample shows the class it was asked for."""
+    torch.manual_seed(seed)
+    half = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU(), *half(32, 64), *half(64, 128), *half(128, 256),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc="classifier", mininterval=0.5 if sys.stderr.isatty() else 10):
+        pick = torch.randint(len(images), (128,))
+        x = images[pick].to(device, memory_format=torch.channels_last).float() / 255            # (128, 3, 32, 32)
+        F.cross_entropy(net(x), labels[pick].to(device)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def side_by_side(checkpoints, held_out, names, classifier, out, device, seed, precision, num=1000):
+    """Print how teachers and students do in 1, 2, ... steps; save the table as report.json and its curves as report.png.
+
+    checkpoints: their paths, or the folder of the toy's stages, which adds real images, reconstructions and a picture
+    of all, comparison.png. held_out: images uint8 (M, 3, 32, 32) and labels (M,) that no stage has seen.
+    """
+    out, stages, (real, real_labels) = Path(out), ("flow", "mid", "distill", "bootstrap"), held_out
+    whole, rows, say = not isinstance(checkpoints, list), [], lambda text: tqdm.write(text, file=sys.stdout)
+    called = {str(Path(checkpoints) / f"{s}.pt"): "teacher" if s == "flow" else f"student after {s}" for s in stages} if whole else {path: path for path in checkpoints}
+    floats = lambda images: images.to(device).float() / 255                                     # (B, 3, 32, 32)
+    say(f"\n{'':24} {'steps':>5} {'Frechet distance':>17} {'class agreement':>16} {'s per 1000':>11}")
+
+    def add(name, steps, images, labels, rae, seconds=None):
+        found, wanted = (feature_statistics(lambda x: rae.features(floats(x)), x, batch_size=500) for x in (images, real))
+        frechet = frechet_distance(found.mean, found.covariance, wanted.mean, wanted.covariance)
+        agreement = (torch.cat([classifier(floats(x)).argmax(1).cpu() for x in images.split(500)]) == labels).float().mean().item()
+        rows.append(dict(name=name, steps=steps, images=images, labels=labels, frechet=frechet, agreement=agreement, seconds=seconds))
+        say(f"{name:24} {steps:>5} {frechet:17.3f} {agreement:15.1%} " + (f"{seconds * 1000 / num:11.1f}" if seconds else ""))
+
+    for path, name in called.items():
+        network, content = load_network(path)
+        network, rae = network.to(device), unpack_rae(content["rae"], path=path).to(device)
+        if whole and not rows:
+            add("real images, held out", "", real, real_labels, rae)
+            decoded = torch.cat([to_uint8(rae.decode(rae.encode(floats(x)))).cpu() for x in real.split(250)])
+            add("their reconstructions", "", decoded, real_labels, rae)
+        labels = (torch.arange(num) % len(names)).to(device)
+        noise = noise_of(seed, range(num), (network.in_channels, network.input_size, network.input_size)).to(device)
+        for steps in (1, 2, 4) if network.r_embedder is not None else (25, 4, 1):
+            clock = time.perf_counter()
+            with torch.autocast(str(device), torch.bfloat16, enabled=precision == "bf16"):
+                images = torch.cat([to_uint8(generate(network, rae, n, y, steps, content["alpha"]).float()).cpu() for n, y in zip(noise.split(250), labels.split(250))])
+            add(name, steps, images, labels.cpu(), rae, time.perf_counter() - clock)
+    (out / "report.json").write_text(json.dumps([{k: v for k, v in row.items() if k not in ("images", "labels")} for row in rows], indent=1))
+    curves = {}
+    for path, name in called.items():
+        mine, log = sorted((row["steps"], row["frechet"]) for row in rows if row["name"] == name), Path(path).with_suffix(".jsonl")
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        norms = [(line["step"], line["grad_max"]) for line in lines if line.get("grad_max")]
+        curves[name] = zip(*mine), zip(*norms) if norms else ((), ())
+    save_curves({"Frechet distance against number of steps": {name: xy for name, (xy, _) in curves.items()},
+                 "gradient norm against training step": {name: xy for name, (_, xy) in curves.items()}}, out / "report.png")
+    if whole:  # two rows of a class a column, each
+        shown = [row for row in rows if row["name"] != "teacher" and row["steps"] in ("", 1) or row["steps"] == 25]
+        columns = [int(i) for i in torch.linspace(0, len(names) - 1, min(10, len(names)))]
+        strips = []
+        for row in shown:
+            where = [(row["labels"] == k).nonzero()[:, 0][:2] for k in columns]
+            strips.append(torch.stack([row["images"][w[min(j, len(w) - 1)]] for j in (0, 1) for w in where if len(w)]))
+        titles = [row["name"] + (f",\n{row['steps']} step{'s' * (row['steps'] > 1)}" if row["steps"] else "") for row in shown]
+        save_grid(torch.cat(strips), out / "comparison.png", columns=len(strips[0]) // 2, titles=titles)
+    say(f"\nFrechet distance: in the encoder's features, to {len(real)} held-out images. Agreement: a classifier that no stage has seen.\n"
+        f"{out / 'report.json'} holds the table, {out / 'report.png'} its curves" + f", {out / 'comparison.png'} the pictures" * whole)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

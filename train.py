@@ -40,7 +40,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -53,9 +52,9 @@ from dit import MODELS, DiTDH, infer_config
 from meanflow import (expand, flow_matching_loss, flow_matching_times, guided, mean_flow_loss, mean_flow_times, mid_training_loss, shift_time,
                       solve_flow)
 from rae import (DECODERS, DINOV2, RAE, Decoder, Discriminator, Encoder, EncoderPretraining, LatentStatistics, Parser, PerceptualDistance,
-                 ProcessLost, UserError, at_least, augment, center_crop, discriminator_loss, fetch, load_file, load_rae, one_line, pick_device, rae_from, random_crop, reconstruction_loss,
+                 ProcessLost, UserError, at_least, augment, center_crop, discriminator_loss, fetch, load_file, one_line, pick_device, rae_from, random_crop, reconstruction_loss,
                  run_main, unpack_rae)
-from sample import generate, imagenet_names, load_network, noise_of, save_grid, to_uint8
+from sample import class_names, generate, imagenet_names, load_network, noise_of, save_grid, side_by_side, to_uint8, train_classifier
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What each stage is trained with. batch_size is global; for mid it counts trajectories, each giving `pairs` pairs.
@@ -847,84 +846,15 @@ def train(stage, args, data, stop):
 # ----------------------------------------------------------------------------------------------------------------------
 # The toy's verdict
 
-def train_classifier(images, labels, num_classes, steps, device, seed=0):
-    """A small convolutional network, trained on (N, 3, 32, 32) uint8: whether a sample shows the class it was asked for."""
-    torch.manual_seed(seed)
-    half = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
-    net = nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU(), *half(32, 64), *half(64, 128), *half(128, 256),
-                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes)).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-    for _ in tqdm(range(steps), desc="classifier", mininterval=0.5 if sys.stderr.isatty() else 10):
-        pick = torch.randint(len(images), (128,))
-        x = images[pick].to(device, memory_format=torch.channels_last).float() / 255            # (128, 3, 32, 32)
-        F.cross_entropy(net(x), labels[pick].to(device)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return net.eval()
-
-
-@torch.no_grad()
-def toy_report(args, data, num=1000):
-    """Print and save how teacher and students do, and one picture that puts them side by side."""
-    out, device = Path(args.save_to), torch.device(args.device)
-    names = data.classes
-    real, real_labels = data.held_out                                                           # uint8 (M, 3, 32, 32), (M,)
-    with torch.enable_grad():
-        if args.data:
-            classifier = train_classifier(data.images, data.labels, len(names), 2 if args.dry_run else 250 * PHOTOGRAPHS, device)
-        else:
-            drawn, drawn_labels = make_toy_images(500 if args.dry_run else 10_000, args.seed + 2)  # no stage has seen these
-            drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
-            classifier = train_classifier(drawn, torch.from_numpy(drawn_labels), len(names), 2 if args.dry_run else 250, device)
-    say = lambda text: tqdm.write(text, file=sys.stdout)
-    say(f"\n{'':24} {'steps':>5} {'Frechet distance':>17} {'class agreement':>16} {'s per 1000':>11}")
-    rows = []
-    def add(name, steps, images, labels, rae, seconds=None):
-        measure = lambda images: fid.feature_statistics(lambda x: rae.features(x.to(device).float() / 255), images, batch_size=500)
-        guess = torch.cat([classifier(x.to(device).float() / 255).argmax(1).cpu() for x in images.split(500)])
-        frechet = fid.frechet_distance(*(moment for s in (measure(images), measure(real)) for moment in (s.mean, s.covariance)))
-        rows.append(dict(name=name, steps=steps, images=images, labels=labels, frechet=frechet, agreement=(guess == labels).float().mean().item(), seconds=seconds))
-        say(f"{name:24} {steps:>5} {frechet:17.3f} {rows[-1]['agreement']:15.1%} " + (f"{seconds * 1000 / num:11.1f}" if seconds else ""))
-
-    checkpoints = [(path, path) for path in args.report or []]
-    if not args.report:
-        rae = load_rae(out / "rae.pt", device)
-        decoded = torch.cat([to_uint8(z) for z in in_batches(real, 32, device, lambda x: rae.decode(rae.encode(x)).clamp(0, 1).cpu(), "decode")])
-        add("real images, held out", "", real, real_labels, rae)
-        add("their reconstructions", "", decoded, real_labels, rae)
-        checkpoints = [(f"student after {stage}" if stage != "flow" else "teacher", out / f"{stage}.pt") for stage in ("flow", "mid", "distill", "bootstrap")]
-    for name, path in checkpoints:
-        network, content = load_network(path)
-        network, rae = network.to(device), load_rae(path, device)
-        labels = (torch.arange(num) % len(names)).to(device)
-        noise = noise_of(args.seed, range(num), (network.in_channels, network.input_size, network.input_size)).to(device)
-        for steps in (1, 2) if network.r_embedder is not None else (25, 4, 1):
-            clock = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                images = torch.cat([to_uint8(generate(network, rae, n, y, steps, content["alpha"]).float()).cpu() for n, y in zip(noise.split(250), labels.split(250))])
-            add(name, steps, images, labels.cpu(), rae, time.perf_counter() - clock)
-    if args.report:
-        return
-    (out / "report.json").write_text(json.dumps([{k: v for k, v in row.items() if k not in ("images", "labels")} for row in rows], indent=1))
-
-    shown = [rows[0], rows[1], rows[2], rows[4], rows[5], rows[7], rows[9]]                     # two rows of a class a column, each
-    columns = [int(i) for i in torch.linspace(0, len(names) - 1, min(10, len(names)))]
-    strips = []
-    for row in shown:
-        where = [(row["labels"] == k).nonzero()[:, 0][:2] for k in columns]
-        strips.append(torch.stack([row["images"][w[min(j, len(w) - 1)]] for j in (0, 1) for w in where if len(w)]))
-    save_grid(torch.cat(strips), out / "comparison.png", columns=len(strips[0]) // 2)
-    picture = Image.open(out / "comparison.png")
-    labelled = Image.new("RGB", (picture.width + 190, picture.height), "white")
-    labelled.paste(picture, (190, 0))
-    for i, row in enumerate(shown):
-        text = row["name"] + (f",\n{row['steps']} step{'s' * (row['steps'] > 1)}" if row["steps"] else "")
-        ImageDraw.Draw(labelled).text((8, int((i + 0.35) * picture.height / len(shown))), text, fill="black", font_size=15)
-    labelled.save(out / "comparison.png")
-    say(f"\nFrechet distance: in the encoder's features, to {len(real)} held-out images. Agreement: a classifier that no stage has seen.\n"
-        f"{out / 'comparison.png'} shows them side by side; {out / 'report.json'} holds the table.")
+def report(args, data):
+    """Table and pictures of the toy's stages, or of the checkpoints that --report names."""
+    if args.data:
+        images, labels, steps = data.images, data.labels, 250 * PHOTOGRAPHS
+    else:                                                           # pictures that no stage has seen
+        images, labels = make_toy_images(500 if args.dry_run else 10_000, args.seed + 2)
+        images, labels, steps = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels), 250
+    classifier = train_classifier(images, labels, len(data.classes), 2 if args.dry_run else steps, args.device)
+    side_by_side(args.report or args.save_to, data.held_out, data.classes, classifier, args.save_to, args.device, args.seed, args.precision)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1166,7 +1096,7 @@ def main():
         return bench(args)
     if args.report:
         args.save_to = args.out
-        return toy_report(args, load_data(args))
+        return report(args, load_data(args))
     try:
         temporary = tempfile.TemporaryDirectory() if args.dry_run else nullcontext(args.out)
         with temporary as folder:
@@ -1183,7 +1113,7 @@ def main():
                     train(stage, args, data, stop)
             if int(os.environ.get("RANK", 0)) == 0:
                 if args.toy and not args.stage:
-                    toy_report(args, data)
+                    report(args, data)
                 tqdm.write(f"{(time.perf_counter() - clock) / 60:.1f} minutes", file=sys.stderr)
     except RuntimeError as error:
         raise lost_process(error) or error from None
