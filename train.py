@@ -376,7 +376,11 @@ def build_autoencoder(stage, args, model, out, classes):
         if not (out / "encoder.pt").exists():
             raise missing("encoder", "--out", out)
         pretraining = EncoderPretraining(Encoder("toy", 32, channels=TOY_CHANNELS), len(classes), 8)
-        pretraining.load_state_dict(load_file(out / "encoder.pt")["ema"])
+        try:
+            pretraining.load_state_dict(load_file(out / "encoder.pt")["ema"])
+        except (RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(f"{out / 'encoder.pt'}: no encoder of {len(classes)} classes ({one_line(' '.join(str(error).split()))}); "
+                            "train the stage encoder on the same --data first") from None
         encoder = pretraining.encoder
     else:
         encoder = Encoder(args.encoder or DINOV2, args.resolution, args.encoder_weights)
@@ -502,6 +506,20 @@ def newest(path, say):
     return None, path
 
 
+def load_moments(optimizer, weights, state):
+    """Take the moments of a checkpoint; the settings stay this run's. Raises ValueError where they are not of these weights: the optimiser would not look."""
+    for i, weight in enumerate(weights):
+        moments = state["state"][i]
+        if sorted(moments) != ["exp_avg", "exp_avg_sq", "step"] or [moments[key].shape for key in ("exp_avg", "exp_avg_sq")] != [weight.shape] * 2:
+            raise ValueError(f"the optimiser's moments of weight {i} are not of its shape {tuple(weight.shape)}")
+        if any(moment.layout != torch.strided or moment.device.type == "meta" or not moment.is_floating_point() for moment in moments.values()) or not moments["step"].item() >= 0:
+            raise ValueError(f"the optimiser's moments of weight {i} are no plain numbers")
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    optimizer.load_state_dict(dict(state={i: state["state"][i] for i in range(len(weights))}, param_groups=[settings | dict(params=[*range(len(weights))])]))
+    for moments in getattr(optimizer, "optim", optimizer).state.values():   # the sharded optimiser leaves its step counts on the CPU
+        moments["step"] = moments["step"].float().to(weights[0].device)
+
+
 def cut_log(path, start):
     """End a log after the lines of step `start`: what comes later was not saved, and is done again."""
     kept = 0
@@ -615,29 +633,33 @@ def train(stage, args, data, stop):
     if state is not None:
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise UserError(f"{path}: no checkpoint of train.py that could go on; name released weights with --teacher or --init, or give another --out")
-        if "--precision" not in sys.argv:
-            c["precision"] = state["config"].get("precision")
+        if state["config"].get("precision") in ("fp32", "bf16") and not any(word.startswith("--precision") for word in sys.argv):
+            c["precision"] = state["config"]["precision"]
         for key in c:  # all that shapes the rest of the run; its length and its learning rate may change
-            if key not in ("steps", "lr", "init", "teacher", "rae") and state["config"].get(key) != c[key]:
-                raise UserError(f"{path}: was made with {key} {state['config'].get(key)}, this run has {c[key]}; give the same --{key}, or another --out")
+            if key not in ("steps", "lr", "init", "teacher", "rae") and repr(state["config"].get(key)) != repr(c[key]):     # a tensor has no !=
+                raise UserError(f"{path}: was made with {key} {one_line(state['config'].get(key))}, this run has {c[key]}; give the same --{key}, or another --out")
         try:
             start, elapsed, skipped = state["step"], state["seconds"], state["skipped"]
+            if not (type(start) is type(skipped) is int and type(elapsed) is float and start > 0 <= skipped and 0 <= elapsed < math.inf):
+                raise ValueError(f"step {start!r}, skipped {skipped!r}, seconds {elapsed!r}")
             if start >= c["steps"]:
                 return say(f"{path}: complete, {start} steps")
             trained.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            for moments in getattr(optimizer, "optim", optimizer).state.values():  # the sharded optimiser leaves its step counts on the CPU
-                moments["step"] = moments["step"].to(device)
+            load_moments(optimizer, weights, state["optimizer"])
             if discriminator:
                 discriminator.heads.load_state_dict(state["discriminator"])
-                d_optimizer.load_state_dict(state["d_optimizer"])
+                if state["d_optimizer"]["state"]:                   # before its first step there is none
+                    load_moments(d_optimizer, list(discriminator.heads.parameters()), state["d_optimizer"])
             if stage not in ("encoder", "rae"):
                 rae = unpack_rae(state["rae"], stage != "mid", args.encoder_weights).to(device)
-        except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: this run cannot go on from it ({type(error).__name__}: {one_line(error)}); to start the stage anew, move it away") from None
-        if state.get("listing") != listing:
-            say(f"--data: {state.get('listing')} when this stage was started, {listing} now: from here on their order is another")
+                if (rae.decoder.config["latent_dim"], *[rae.decoder.config["grid"]] * 2) != tuple(noise_shape):
+                    raise ValueError("its RAE has latents of another shape")
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
+            raise UserError(f"{path}: this run cannot go on from it ({type(error).__name__}: {one_line(' '.join(str(error).split()))}); "
+                            "to start the stage anew, move it away") from None
+        if repr(state.get("listing")) != repr(listing):
+            say(f"--data: {one_line(state.get('listing'))} when this stage was started, {listing} now: from here on their order is another")
     del state
     if len(everyones({(start, listing)})) > 1:                      # before the first one writes
         raise UserError(f"{path}, --data {args.data}: not the same on all processes; --out and --data must be folders that all of them see")
