@@ -386,7 +386,7 @@ def build_autoencoder(stage, args, model, out, classes):
         encoder = Encoder(args.encoder or DINOV2, args.resolution, args.encoder_weights)
     size = encoder.config["image_size"]
     decoder = Decoder(encoder.shape[0], encoder.grid, size // encoder.grid, **DECODERS[model])
-    if args.toy:  # its pretraining has trained a decoder already, and ten minutes are short
+    if args.toy and model == "toy":  # its pretraining has trained such a decoder already, and ten minutes are short
         decoder.load_state_dict(pretraining.draw.state_dict())
     return decoder, RAE(encoder.eval().requires_grad_(False), decoder)
 
@@ -576,8 +576,10 @@ def deaf(worker):
 
 
 def lost_process(error):
-    """What an error says of the other processes, or None where it is about something else."""
+    """What an error says of the other processes or of memory, or None where it is about something else."""
     words = " ".join(str(error).split())
+    if "can't allocate memory" in words:                            # on the CPU torch raises no OutOfMemoryError
+        return UserError(f"out of memory ({re.sub('.*DefaultCPUAllocator: ', '', words)[:150]}); give a smaller --batch_size, --micro_batch or --model")
     if re.search(r"DataLoader worker .*(exited|killed)", words):
         return UserError(f"--workers: a process that reads images was killed, perhaps for want of memory ({words[:150]}); give fewer --workers")
     if dist.is_initialized() and re.search(r"timed? ?out|peer|socket|gloo|NCCL|TCPStore", words, re.IGNORECASE):
@@ -918,12 +920,15 @@ def toy_report(args, data, num=1000):
     for name, path in checkpoints:
         network, content = load_network(path)
         network, rae = network.to(device), load_rae(path, device)
+        if network.num_classes != len(names):
+            raise UserError(f"{path}: knows {network.num_classes} classes, the images have {len(names)}; give it the --data that it was trained on")
         labels = (torch.arange(num) % len(names)).to(device)
         noise = noise_of(args.seed, range(num), (network.in_channels, network.input_size, network.input_size)).to(device)
         for steps in (1, 2) if network.r_embedder is not None else (25, 4, 1):
             clock = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                images = torch.cat([to_uint8(generate(network, rae, n, y, steps, content["alpha"]).float()).cpu() for n, y in zip(noise.split(250), labels.split(250))])
+                images = torch.cat([to_uint8(generate(network, rae, n, y, steps, content.get("alpha") or TOY_ALPHA).float()).cpu()
+                                    for n, y in zip(noise.split(250), labels.split(250))])
             add(name, steps, images, labels.cpu(), rae, time.perf_counter() - clock)
     if args.report:
         return
@@ -1162,9 +1167,9 @@ def parse_arguments():
         raise UserError(f"--encoder {args.encoder}: belongs to --stage rae without --toy; later stages use the encoder of their RAE")
     if args.resolution % 16:
         raise UserError(f"--resolution {args.resolution}: must be a multiple of 16")
-    for flag in ("gap_share", "power"):
-        if (getattr(args, flag) or 0) > 1:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
+    for flag, most in dict(gap_share=1, power=1, resolution=4096, batch_size=10**6, nodes=1000, eval_num=10**7, workers=1000, timeout=10**6).items():  # more is a slip
+        if (getattr(args, flag) or 0) > most:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be {'between 0 and 1' if most == 1 else f'at most {most}'}")
     args.out = args.out or ("out/photographs" if args.data else "out/toy") * args.toy or f"out/{args.resolution}"
     for flag, toy, paper in (("save_every", 500, 2500), ("sample_every", 500, 2500), ("log_every", 10, 50)):
         setattr(args, flag, getattr(args, flag) or (toy if args.toy else paper))
