@@ -1575,7 +1575,7 @@ def fault_of(script, arguments):
         status = end.code or None
     except BaseException as error:
         where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-        fault = f"{type(error).__name__}: {str(error)[:300]} at {' '.join(where[-8:])}"
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} at {' '.join(where[-8:])}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
