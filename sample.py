@@ -339,6 +339,8 @@ def side_by_side(checkpoints, held_out, names, classifier, out, device, seed, pr
 
     for path, name in called.items():
         network, content = load_network(path)
+        need(content.get("rae") and network.num_classes == len(names), f"{path}: holds no RAE, or knows {network.num_classes} classes where the images have "
+             f"{len(names)}; give a checkpoint of ours, and the --data that it was trained on")
         network, rae = network.to(device), unpack_rae(content["rae"], path=path).to(device)
         if whole and not rows:
             add("real images, held out", "", real, real_labels, rae)
@@ -349,7 +351,7 @@ def side_by_side(checkpoints, held_out, names, classifier, out, device, seed, pr
         for steps in (1, 2, 4) if network.r_embedder is not None else (25, 4, 1):
             clock = time.perf_counter()
             with torch.autocast(str(device), torch.bfloat16, enabled=precision == "bf16"):
-                images = torch.cat([to_uint8(generate(network, rae, n, y, steps, content["alpha"]).float()).cpu() for n, y in zip(noise.split(250), labels.split(250))])
+                images = torch.cat([to_uint8(generate(network, rae, n, y, steps, content.get("alpha") or 1.0).float()).cpu() for n, y in zip(noise.split(250), labels.split(250))])
             add(name, steps, images, labels.cpu(), rae, time.perf_counter() - clock)
     (out / "report.json").write_text(json.dumps([{k: v for k, v in row.items() if k not in ("images", "labels")} for row in rows], indent=1))
     curves = {}

@@ -2,7 +2,9 @@
 
     python -m pytest test_all.py            # pip install pytest
     python -m pytest test_all.py -k flow    # only what has "flow" in its name
+    python test_all.py --slow -k any        # with the long forms, half an hour
 """
+import faulthandler
 import inspect
 import io
 import json
@@ -10,12 +12,16 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -1946,3 +1952,159 @@ def test_fid_as_a_process(fid_files):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert result.stderr.startswith("fid.py: ") and "Traceback" not in result.stderr
+
+
+# --- fuzzing ----------------------------------------------------------------------------------------------------------
+
+class Hang(BaseException):
+    """Not an Exception: nothing on the way may take it for bad input."""
+
+
+def fault_of(script, arguments):
+    """Run a script's main() in this process, for a minute and in 8 GB at most -> (exit status, its last line, what is wrong with that or "")."""
+    def alarm(*_):
+        raise Hang
+    output, status, fault, before = io.StringIO(), None, "", signal.signal(signal.SIGALRM, alarm)
+    limits, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    faulthandler.dump_traceback_later(150, exit=True, file=sys.__stderr__)                      # where the alarm is not heard
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**33, limits[1]))     # so that it fails, and takes nobody else's memory
+        signal.setitimer(signal.ITIMER_REAL, 60)
+        with redirect_stdout(io.StringIO()), redirect_stderr(output), pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+            rae.run_main(globals()[script].main)
+    except SystemExit as end:
+        status = end.code or None
+    except BaseException as error:
+        where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} at {' '.join(where[-8:])}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGALRM, before)
+    lines = [line for line in re.split("[\r\n]+", output.getvalue()) if line.strip() and not re.search(r"\d+/\d+ \[", line)] or [""]     # but progress bars
+    said = [line for line in lines if line.startswith(f"{script}.py: ")]
+    named = any(name and name in lines[-1] for name in ("--", *(part.rpartition("=")[2].replace("\n", " ") for part in arguments)))     # a flag, or what was given
+    if not fault and (status not in (None, 2) or status == 2 and not (said == lines[-1:] and named)):
+        fault = f"exit status {status}, {lines[-5:]}"
+    return status, lines[-1], fault
+
+
+def fuzz(rounds, seed, one_round):
+    """rounds x one_round(rng), which returns a script and its arguments to run. All faults are shown, each with its round's number."""
+    faults, ends, state = [], Counter(), torch.get_rng_state()
+    for number in range(rounds):
+        script, *arguments = map(str, one_round(random.Random(f"{seed} {number}")))
+        status, line, fault = fault_of(script, arguments)
+        ends["refused" if status else "done"] += 1
+        faults += [f"{number}: {script} {arguments}: {fault}"] * bool(fault)
+        if "SLOW" in os.environ:
+            print(f"{number}: {script} {arguments}: {fault or status and line or 'done'}", file=sys.__stderr__, flush=True)
+    torch.set_rng_state(state)
+    assert not faults, "\n".join([f"{len(faults)} of {rounds} rounds, seed {seed}, {dict(ends)}", *faults])
+
+
+def damaged_bytes(data, rng):
+    data, a = bytearray(data), int(rng.choice((rng.random(), 0, 1 - 1e-4 * rng.random())) * len(data))  # anywhere, in the first file or in the table at the end
+    length = rng.choice((1, 8, 500, 100_000))
+    match rng.choice(("flip", "zero", "random", "cut", "insert", "drop", "swap", "header")):
+        case "flip": data[min(a, len(data) - 1)] ^= 1 << rng.randrange(8)
+        case "zero": data[a:a + length] = bytes(len(data[a:a + length]))
+        case "random": data[a:a + length] = rng.randbytes(len(data[a:a + length]))
+        case "cut": del data[a:]
+        case "insert": data[a:a] = rng.randbytes(length)
+        case "drop": del data[a:a + length]
+        case "swap": data = data[length:2 * length] + data[:length] + data[2 * length:]
+        case "header": data[:8] = rng.choice((b"PK\3\4", b"\x80\2}q\0.", b"\x89PNG\r\n\x1a\n", b"", b"\0" * 8))
+    return bytes(data)
+
+
+def damaged_tree(tree, rng, depth=0):
+    """The same containers and tensors with one of them deleted, or another in its place."""
+    if isinstance(tree, (dict, list, tuple)) and tree and (depth == 0 or rng.random() < 0.9):
+        items = dict(tree if isinstance(tree, dict) else enumerate(tree))
+        key = rng.choice([*items])
+        value = items.pop(key)
+        items |= {key: damaged_tree(value, rng, depth + 1)} if rng.random() < 0.85 else {}
+        return items if isinstance(tree, dict) else type(tree)(items.values())
+    if torch.is_tensor(tree) and rng.random() < 0.7:
+        return rng.choice((tree[..., :-1] if tree.dim() else tree[None], tree[None], tree.flatten(), tree.double(), tree.half(), tree.int(), tree + 1j, tree * math.nan, -tree,
+                           tree * 1e30, tree.to_sparse(), tree.to("meta"), torch.zeros(1).expand(10**12), tree.new_zeros((0, *tree.shape[1:]))))
+    return rng.choice((None, True, -1, 0, 3, 10**30, -0.5, math.nan, math.inf, "", "é\n🜁", b"x", [], (), {}, {"x": 1}, [tree], torch.zeros(2, 3), torch.tensor(7), torch.tensor(math.nan)))
+
+
+@pytest.mark.parametrize("rounds, seed", [(15, 0), pytest.param(1000, 1, marks=slow)])
+def test_any_damage_to_a_checkpoint_ends_in_one_line(rounds, seed, trained, photographs, tmp_path):
+    def one_round(rng):
+        stage, into, out = rng.choice([*train.TOY]), rng.choice([*train.TOY]), tmp_path / "out"
+        source, victim = trained / f"{stage}.pt", out / f"{stage}.pt"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        for other in {*train.TOY} - {stage}:  # links: no run writes into a checkpoint that is there
+            (out / f"{other}.pt").symlink_to(trained / f"{other}.pt")
+        if rng.random() < 0.4:
+            victim.write_bytes(damaged_bytes(source.read_bytes(), rng))
+        else:
+            torch.save(damaged_tree(rae.load_file(source), rng), victim)
+        if rng.random() < 0.1:
+            (out / f"{stage}.previous.pt").symlink_to(source)
+        toy, role = ("train", "--toy", "--data", photographs, "--out", out, *TINY), rng.choice(((), ("--init", victim), ("--teacher", victim), ("--rae", victim)))
+        return rng.choice((*[(*toy, "--stage", stage, "--steps", 5)] * 2, (*toy, "--stage", into, "--dry_run", *role), ("sample", "--ckpt", victim, "--num", 2, "--steps", 1, "--device", "cpu"),
+                           ("rae", photographs / "0" / "0.jpg", "--rae", victim, "--out", out / "x.png", "--device", "cpu")))
+    fuzz(rounds, seed, one_round)
+
+
+def options_of(script):
+    """The options that a script's own parser knows, but for those that take minutes: {"--flag": its action}."""
+    found = {}
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyError):
+        monkeypatch.setattr(rae.Parser, "parse_args", lambda self, *_: found.update(self._option_string_actions) or {}["stop"])
+        globals()[script].main()
+    return {flag: action for flag, action in found.items() if flag not in ("--bench", "--compile")}
+
+
+@pytest.mark.parametrize("rounds, seed", [(25, 0), pytest.param(1000, 1, marks=slow)])
+def test_any_command_line_ends_in_one_line(rounds, seed, trained, photographs, fid_files, tmp_path, monkeypatch):
+    import huggingface_hub
+    make, options, work = fid.make_extractor, {script: options_of(script) for script in ("train", "sample", "rae", "fid")}, tmp_path / "work"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(fid, "make_extractor", lambda features, weights, device: (channel_means if (features, weights) == ("inception", None) else make)(features, weights, device))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: {}["no network"])
+    numbers = ("2", "3", "1e-30", *["1e30", str(10**12)] * 3, "0", "1", "7", "16", "-1", "0.5", "9" * 40, "9" * 5000, "nan", "inf", "-inf", "²", "٣", "1_0", " 4", "0x10", "4.0")
+    words = ("", " ", "é🜁\u202e", "none", "random", *["meta"] * 3, "cpu", "mps", "cuda:7", "dino", "inception", TINY_VIT, "resnet18", "0-2", "2,0", "5-1", ",", "x" * 300, "a\nb", "-", "%s", "stats")
+    own = [work, *(work / name for name in ("empty", "text.pt", "new", "new.png", "new.npz", "text.pt/x"))]                 # may be written to
+    given = ["/dev/null", photographs, photographs / "0", photographs / "0" / "0.jpg", trained, *(trained / f"{stage}.pt" for stage in train.TOY), *sorted(fid_files.iterdir())]
+
+    def one_round(rng):
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "empty").mkdir(parents=True)
+        (work / "text.pt").write_text("not a checkpoint")
+        monkeypatch.chdir(work)                                                                 # for names without a folder
+        any_value = lambda paths: rng.choice((rng.choice(numbers), rng.choice(words), rng.choice(paths)))
+        network = rng.choice((*[("--toy", "--stage", rng.choice([*train.TOY]))] * 4, ("--stage", "rae", "--resolution", 32, "--model", "toy", "--encoder", TINY_VIT, *RANDOM, "--perceptual", 0,
+                                                                                      "--adversarial", 0, "--workers", 0)))
+        script, *command = rng.choice((*[("train", *network, "--data", photographs, "--out", trained, "--batch_size", 4, "--precision", "fp32")] * 2,
+                                       ("sample", "--ckpt", trained / f"{rng.choice(('flow', 'mid', 'distill'))}.pt", "--num", 2, "--steps", 1, "--out", work / "x.png"),
+                                       ("rae", photographs / "0" / "0.jpg", "--rae", trained / "rae.pt", "--out", work / "x.png"),
+                                       ("fid", fid_files / rng.choice(("folder", "images.npz")), fid_files / rng.choice(("other.npz", "adm.npz")))))
+        command = [str(part) for part in (*command, "--device", "cpu")]
+        if rng.random() < 0.15:                                                                 # one in the place of another, or in between
+            a = rng.randrange(len(command))
+            command[a:a + rng.randrange(2)] = [any_value(own)]
+        for _ in range(rng.randint(1, 3)):
+            flag = rng.choice([*options[script]])
+            action = options[script][flag]
+            value = rng.choice((rng.choice(numbers), any_value(own))) if action.type else any_value(own + given * (flag not in ("--out", "-o", "--npz")))
+            if action.choices and rng.random() < 0.8:
+                value = rng.choice([*action.choices][:1 if flag == "--model" else None])        # the small one
+            style = rng.random()
+            command += [flag] if action.nargs == 0 or style < 0.05 else [f"{flag}={value}"] if style < 0.5 else [flag, value]
+        return script, *command, *["--dry_run"] * (script == "train")
+    fuzz(rounds, seed, one_round)
+
+
+if __name__ == "__main__":
+    if "--slow" in sys.argv:
+        os.environ["SLOW"] = "1"
+    sys.exit(pytest.main([__file__, *(argument for argument in sys.argv[1:] if argument != "--slow")]))

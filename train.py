@@ -52,9 +52,9 @@ from dit import MODELS, DiTDH, infer_config
 from meanflow import (expand, flow_matching_loss, flow_matching_times, guided, mean_flow_loss, mean_flow_times, mid_training_loss, shift_time,
                       solve_flow)
 from rae import (DECODERS, DINOV2, RAE, Decoder, Discriminator, Encoder, EncoderPretraining, LatentStatistics, Parser, PerceptualDistance,
-                 ProcessLost, UserError, at_least, augment, center_crop, discriminator_loss, fetch, load_file, one_line, pick_device, rae_from, random_crop, reconstruction_loss,
-                 run_main, unpack_rae)
-from sample import class_names, generate, imagenet_names, load_network, noise_of, save_grid, side_by_side, to_uint8, train_classifier
+                 ProcessLost, UserError, at_least, augment, center_crop, discriminator_loss, fetch, load_file, need, one_line, pick_device, rae_from,
+                 random_crop, read_image, reading, reconstruction_loss, run_main, unpack_rae)
+from sample import generate, imagenet_names, load_network, noise_of, save_grid, side_by_side, to_uint8, train_classifier
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What each stage is trained with. batch_size is global; for mid it counts trajectories, each giving `pairs` pairs.
@@ -375,13 +375,14 @@ def build_autoencoder(stage, args, model, out, classes):
         if not (out / "encoder.pt").exists():
             raise missing("encoder", "--out", out)
         pretraining = EncoderPretraining(Encoder("toy", 32, channels=TOY_CHANNELS), len(classes), 8)
-        pretraining.load_state_dict(load_file(out / "encoder.pt")["ema"])
+        with reading(out / "encoder.pt", f"no encoder of {len(classes)} classes"):
+            pretraining.load_state_dict(load_file(out / "encoder.pt")["ema"])
         encoder = pretraining.encoder
     else:
         encoder = Encoder(args.encoder or DINOV2, args.resolution, args.encoder_weights)
     size = encoder.config["image_size"]
     decoder = Decoder(encoder.shape[0], encoder.grid, size // encoder.grid, **DECODERS[model])
-    if args.toy:  # its pretraining has trained a decoder already, and ten minutes are short
+    if args.toy and model == "toy":  # its pretraining has trained such a decoder already, and ten minutes are short
         decoder.load_state_dict(pretraining.draw.state_dict())
     return decoder, RAE(encoder.eval().requires_grad_(False), decoder)
 
@@ -501,6 +502,20 @@ def newest(path, say):
     return None, path
 
 
+def load_moments(optimizer, weights, state):
+    """Take the moments of a checkpoint; the settings stay this run's. Raises ValueError where they are not of these weights: the optimiser would not look."""
+    for i, weight in enumerate(weights):
+        moments = state["state"][i]
+        if sorted(moments) != ["exp_avg", "exp_avg_sq", "step"] or [moments[key].shape for key in ("exp_avg", "exp_avg_sq")] != [weight.shape] * 2:
+            raise ValueError(f"the optimiser's moments of weight {i} are not of its shape {tuple(weight.shape)}")
+        if any(moment.layout != torch.strided or moment.device.type == "meta" or not moment.is_floating_point() for moment in moments.values()) or not moments["step"].item() >= 0:
+            raise ValueError(f"the optimiser's moments of weight {i} are no plain numbers")
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    optimizer.load_state_dict(dict(state={i: state["state"][i] for i in range(len(weights))}, param_groups=[settings | dict(params=[*range(len(weights))])]))
+    for moments in getattr(optimizer, "optim", optimizer).state.values():   # the sharded optimiser leaves its step counts on the CPU
+        moments["step"] = moments["step"].float().to(weights[0].device)
+
+
 def cut_log(path, start):
     """End a log after the lines of step `start`: what comes later was not saved, and is done again."""
     kept = 0
@@ -557,8 +572,10 @@ def deaf(worker):
 
 
 def lost_process(error):
-    """What an error says of the other processes, or None where it is about something else."""
+    """What an error says of the other processes or of memory, or None where it is about something else."""
     words = " ".join(str(error).split())
+    if "can't allocate memory" in words:                            # on the CPU torch raises no OutOfMemoryError
+        return UserError(f"out of memory ({re.sub('.*DefaultCPUAllocator: ', '', words)[:150]}); give a smaller --batch_size, --micro_batch or --model")
     if re.search(r"DataLoader worker .*(exited|killed)", words):
         return UserError(f"--workers: a process that reads images was killed, perhaps for want of memory ({words[:150]}); give fewer --workers")
     if dist.is_initialized() and re.search(r"timed? ?out|peer|socket|gloo|NCCL|TCPStore", words, re.IGNORECASE):
@@ -614,29 +631,33 @@ def train(stage, args, data, stop):
     if state is not None:
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise UserError(f"{path}: no checkpoint of train.py that could go on; name released weights with --teacher or --init, or give another --out")
-        if "--precision" not in sys.argv:
-            c["precision"] = state["config"].get("precision")
+        if state["config"].get("precision") in ("fp32", "bf16") and not any(word.startswith("--precision") for word in sys.argv):
+            c["precision"] = state["config"]["precision"]
         for key in c:  # all that shapes the rest of the run; its length and its learning rate may change
-            if key not in ("steps", "lr", "init", "teacher", "rae") and state["config"].get(key) != c[key]:
-                raise UserError(f"{path}: was made with {key} {state['config'].get(key)}, this run has {c[key]}; give the same --{key}, or another --out")
+            if key not in ("steps", "lr", "init", "teacher", "rae") and repr(state["config"].get(key)) != repr(c[key]):     # a tensor has no !=
+                raise UserError(f"{path}: was made with {key} {one_line(state['config'].get(key))}, this run has {c[key]}; give the same --{key}, or another --out")
         try:
             start, elapsed, skipped = state["step"], state["seconds"], state["skipped"]
+            if not (type(start) is type(skipped) is int and type(elapsed) is float and start > 0 <= skipped and 0 <= elapsed < math.inf):
+                raise ValueError(f"step {start!r}, skipped {skipped!r}, seconds {elapsed!r}")
             if start >= c["steps"]:
                 return say(f"{path}: complete, {start} steps")
             trained.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            for moments in getattr(optimizer, "optim", optimizer).state.values():  # the sharded optimiser leaves its step counts on the CPU
-                moments["step"] = moments["step"].to(device)
+            load_moments(optimizer, weights, state["optimizer"])
             if discriminator:
                 discriminator.heads.load_state_dict(state["discriminator"])
-                d_optimizer.load_state_dict(state["d_optimizer"])
+                if state["d_optimizer"]["state"]:                   # before its first step there is none
+                    load_moments(d_optimizer, list(discriminator.heads.parameters()), state["d_optimizer"])
             if stage not in ("encoder", "rae"):
                 rae = unpack_rae(state["rae"], stage != "mid", args.encoder_weights).to(device)
-        except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: this run cannot go on from it ({type(error).__name__}: {one_line(error)}); to start the stage anew, move it away") from None
-        if state.get("listing") != listing:
-            say(f"--data: {state.get('listing')} when this stage was started, {listing} now: from here on their order is another")
+                if (rae.decoder.config["latent_dim"], *[rae.decoder.config["grid"]] * 2) != tuple(noise_shape):
+                    raise ValueError("its RAE has latents of another shape")
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
+            raise UserError(f"{path}: this run cannot go on from it ({type(error).__name__}: {one_line(' '.join(str(error).split()))}); "
+                            "to start the stage anew, move it away") from None
+        if repr(state.get("listing")) != repr(listing):
+            say(f"--data: {one_line(state.get('listing'))} when this stage was started, {listing} now: from here on their order is another")
     del state
     if len(everyones({(start, listing)})) > 1:                      # before the first one writes
         raise UserError(f"{path}, --data {args.data}: not the same on all processes; --out and --data must be folders that all of them see")
@@ -1072,9 +1093,9 @@ def parse_arguments():
         raise UserError(f"--encoder {args.encoder}: belongs to --stage rae without --toy; later stages use the encoder of their RAE")
     if args.resolution % 16:
         raise UserError(f"--resolution {args.resolution}: must be a multiple of 16")
-    for flag in ("gap_share", "power"):
-        if (getattr(args, flag) or 0) > 1:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
+    for flag, most in dict(gap_share=1, power=1, resolution=4096, batch_size=10**6, nodes=1000, eval_num=10**7, workers=1000, timeout=10**6).items():  # more is a slip
+        if (getattr(args, flag) or 0) > most:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be {'between 0 and 1' if most == 1 else f'at most {most}'}")
     args.out = args.out or ("out/photographs" if args.data else "out/toy") * args.toy or f"out/{args.resolution}"
     for flag, toy, paper in (("save_every", 500, 2500), ("sample_every", 500, 2500), ("log_every", 10, 50)):
         setattr(args, flag, getattr(args, flag) or (toy if args.toy else paper))
