@@ -274,7 +274,8 @@ def inception_extractor(weights, device):
     return Extractor(net.to(device), "inception-" + fingerprint(net), "TensorFlow-1 bilinear to 299x299", 2048)
 
 def timm_extractor(name, weights, device):
-    net = timm_network(name, weights, "--weights", num_classes=0, **(dict(img_size=224) if name == DINO else {})).to(device)
+    net = timm_network(name, weights, "--weights", **(dict(img_size=224) if name == DINO else {})).to(device)
+    net.reset_classifier(0)  # not asked for at the start: then timm would load any file without a word
     config = timm.data.resolve_model_data_config(net)
     size, mode = config["input_size"][1:], "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     mean, std = (torch.tensor(config[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))

@@ -78,9 +78,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def at_least(minimum):
-    """The type of a flag: a whole number of at least `minimum`."""
+def at_least(minimum, most=10**12):
+    """The type of a flag: a whole number of at least `minimum`, and at most `most`: more is a slip, and would fill the memory."""
     def parse(text):
+        if text.isdecimal() and (len(text) > 15 or int(text) > most):
+            raise argparse.ArgumentTypeError(f"must be at most {most}")
         if not text.isdigit() or int(text) < minimum:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
         return int(text)
@@ -90,8 +92,10 @@ def at_least(minimum):
 def pick_device(name):
     """What --device names, or a GPU if there is one, or the CPU. Raises UserError where torch has no such device."""
     try:
-        return str(torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device)
-    except (RuntimeError, AssertionError) as error:
+        number = torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        number.item()  # the device "meta" holds none
+        return str(number.device)
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: not to be had ({one_line(error)}); leave the flag out to use what there is") from None
 
 
@@ -104,6 +108,7 @@ def run_main(main):
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         advice = "; give a smaller --batch_size or, to train.py, --micro_batch and --checkpointing" * isinstance(error, torch.OutOfMemoryError)
         line = f"{Path(sys.argv[0]).name}: {one_line(error)[:2000] if advice else error}{advice}"
+        line = " ".join(line.splitlines())  # a name may hold a line break
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessLost):
             tqdm.write(line, file=sys.stderr)  # a line of its own, also while a progress bar is shown
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun ends with a report of its own: let it name the reason too
@@ -165,7 +170,7 @@ def patch_size_of(name):
         raise UserError(f"--encoder {name}: no model of timm" + f"; near it: {', '.join(near)}" * bool(near))
     with reading(f"--encoder {name}", "timm cannot make it"), torch.device("meta"):
         net = timm.create_model(name)
-    need(isinstance(getattr(net, "num_prefix_tokens", None), int),
+    need(isinstance(getattr(net, "num_prefix_tokens", None), int) and hasattr(net, "patch_embed"),
          f"--encoder {name}: not a plain vision transformer; give one of timm's ViTs, such as {DINOV2}")
     return net.patch_embed.patch_size[0]
 
@@ -727,7 +732,10 @@ def main():
         scores.append(torch.stack([psnr, ssim(a, b)]).cpu())                                    # (2, B)
     psnr, similarity = torch.cat(scores, 1).mean(1)
     if not image.is_dir():
-        save_image(torch.cat([a, b]), args.out or "reconstruction.png")
+        try:
+            save_image(torch.cat([a, b]), args.out or "reconstruction.png")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--out {args.out}: cannot be written ({one_line(error)}); give a name that ends in .png") from None
     print(f"{image}: {len(files)} image{'s' * (len(files) > 1)}, PSNR {psnr:.2f} dB, SSIM {similarity:.4f}")
     if folders:
         print(f"rFID: python fid.py {folders[1]} {folders[0]}")

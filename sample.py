@@ -102,7 +102,7 @@ def parse_classes(text, names):
     chosen = []
     for part in text.split(","):
         part = part.strip().lower()
-        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         if part in lookup:
             chosen.append(lookup[part])
         elif numbers and int(numbers[1]) <= int(numbers[2] or numbers[1]) < len(names):
@@ -383,8 +383,8 @@ def parse_arguments():
     what, out, how = (parser.add_argument_group(title) for title in ("what to sample", "output", "how"))
     what.add_argument("--ckpt", metavar="FILE", required=True, help="checkpoint of flow, mid, distill or bootstrap, or published DiTDH weights")
     what.add_argument("--rae", metavar="PATH", help="another RAE: our checkpoint, or a folder like the hub's (default: that of CKPT, or the hub's)")
-    what.add_argument("--steps", metavar="N", type=at_least(1), help="evaluations of the network an image (default: student 1, teacher 50)")
-    what.add_argument("--num", metavar="N", type=at_least(1), default=64, help="number of images (default 64)")
+    what.add_argument("--steps", metavar="N", type=at_least(1, 10**5), help="evaluations of the network an image (default: student 1, teacher 50)")
+    what.add_argument("--num", metavar="N", type=at_least(1, 10**7), default=64, help="number of images (default 64)")
     what.add_argument("--classes", metavar="LIST", help="names, numbers and ranges, separated by commas (default: all in turn)")
     what.add_argument("--seed", metavar="N", type=at_least(0), default=0, help="image i is a function of (seed, i) (default 0)")
     out.add_argument("--out", metavar="PATH", help="grid PNG of the first 64, or a folder for one PNG an image (default: CKPT's name with .samples.png)")

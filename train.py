@@ -115,7 +115,7 @@ class Data:
     images: object          # uint8 (N, 3, S, S) in memory, or a list of N files
     labels: torch.Tensor    # (N,)
     classes: tuple          # their names
-    listing: str            # how many files and a checksum of their names: whether a folder has changed since
+    listing: str = "drawn"  # how many files and a checksum of their names: whether a folder has changed since
     held_out: tuple = None  # images and labels that no stage sees: (M, 3, S, S), (M,)
     latents: object = None  # (N, C, G, G): of images in memory, encoded once
 
@@ -184,12 +184,10 @@ def labels_among(classes, data):
 
 
 def read_photograph(path, size, place=None):
-    """-> uint8 (3, size, size): ADM's centre crop, or the random crop at `place`; OSError where the file is no readable image."""
-    try:
-        with Image.open(path) as image:
-            cropped = center_crop(image, size) if place is None else random_crop(image, size, *place)
-    except Exception as error:  # a damaged file makes PIL raise a dozen kinds
-        raise OSError(f"{path}: not a readable image ({one_line(error)})") from None
+    """-> uint8 (3, size, size): ADM's centre crop, or the random crop at `place`. Raises UserError where the file is no readable image."""
+    image = read_image(path)
+    with reading(path, "not a readable image"):
+        cropped = center_crop(image, size) if place is None else random_crop(image, size, *place)
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)                                 # (3, S, S)
 
 
@@ -213,7 +211,7 @@ def load_data(args):
     if args.toy and not args.data:
         pictures = [make_toy_images(num, seed) for num, seed in ((300 if args.dry_run else 20_000, args.seed), (2_000, args.seed + 1))]
         images, held_out = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x, _ in pictures)   # (N, 3, 32, 32)
-        return Data(images, torch.from_numpy(pictures[0][1]), TOY_CLASSES, "drawn", (held_out, torch.from_numpy(pictures[1][1])))
+        return Data(images, torch.from_numpy(pictures[0][1]), TOY_CLASSES, held_out=(held_out, torch.from_numpy(pictures[1][1])))
     if not args.data:
         raise UserError(f"--stage {args.stage} needs images: give --data FOLDER with one folder of images for each class")
     files, labels, classes = list_photographs(args.data)
@@ -226,7 +224,7 @@ def load_data(args):
             try:
                 images.append(read_photograph(path, 32))
                 good.append(i)
-            except OSError:
+            except UserError:
                 bad.append(path)
     refuse_unreadable(bad, len(files))
     if bad:
@@ -288,7 +286,7 @@ class Samples(Dataset):
                 try:
                     x = read_photograph(self.images[i], self.size, uniform[:2] if self.stage == "rae" else None)
                     break
-                except OSError:  # named and counted by the loop
+                except UserError:  # named and counted by the loop
                     sample["bad"] += f"{self.images[i]}\n"
             sample["x"] = x.flip(2) if flip < 0.5 else x                                        # (3, S, S)
         return sample | dict(label=self.num_classes if drop < self.label_drop else label)
@@ -303,7 +301,7 @@ class Pictures(Dataset):
     def __getitem__(self, i):
         try:
             return read_photograph(self.images[i], self.size) if isinstance(self.images, list) else self.images[i]
-        except OSError:
+        except UserError:
             return None
 
 
