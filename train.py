@@ -319,6 +319,15 @@ def in_batches(images, size, device, function, what, workers=0, rank=0, world=1,
             yield function(batch.to(device).float() / 255)                                      # of (B, 3, S, S)
 
 
+def originals_and(redraw, images, size, device):
+    """Rows of images, each above its reconstructions -> (2 x 32, 3, S, S), images a row."""
+    images = images if torch.is_tensor(images) else images[::max(1, len(images) // 32)]         # files come class by class
+    shown = next(in_batches(images[:32], size, device, lambda x: x, "show"))
+    columns = min(8, len(shown))
+    shown = shown[:len(shown) // columns * columns]                                             # (32, 3, S, S)
+    return torch.stack([x.unflatten(0, (-1, columns)) for x in (shown, redraw(shown).clamp(0, 1))], 1).flatten(0, 2), columns
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a stage starts from
 
@@ -500,18 +509,43 @@ def newest(path, say):
     return None, path
 
 
-def load_moments(optimizer, weights, state):
-    """Take the moments of a checkpoint; the settings stay this run's. Raises ValueError where they are not of these weights: the optimiser would not look."""
-    for i, weight in enumerate(weights):
-        moments = state["state"][i]
-        if sorted(moments) != ["exp_avg", "exp_avg_sq", "step"] or [moments[key].shape for key in ("exp_avg", "exp_avg_sq")] != [weight.shape] * 2:
-            raise ValueError(f"the optimiser's moments of weight {i} are not of its shape {tuple(weight.shape)}")
-        if any(moment.layout != torch.strided or moment.device.type == "meta" or not moment.is_floating_point() for moment in moments.values()) or not moments["step"].item() >= 0:
-            raise ValueError(f"the optimiser's moments of weight {i} are no plain numbers")
-    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    optimizer.load_state_dict(dict(state={i: state["state"][i] for i in range(len(weights))}, param_groups=[settings | dict(params=[*range(len(weights))])]))
-    for moments in getattr(optimizer, "optim", optimizer).state.values():   # the sharded optimiser leaves its step counts on the CPU
-        moments["step"] = moments["step"].float().to(weights[0].device)
+def progress_of(state, path, c):
+    """What a checkpoint says of the run so far: (steps done, seconds, steps skipped). Raises UserError where it is another run's."""
+    need(isinstance(state, dict) and isinstance(state.get("config"), dict),
+         f"{path}: no checkpoint of train.py that could go on; name released weights with --teacher or --init, or give another --out")
+    if state["config"].get("precision") in ("fp32", "bf16") and not any(word.startswith("--precision") for word in sys.argv):
+        c["precision"] = state["config"]["precision"]
+    for key in set(c) - {"steps", "lr", "init", "teacher", "rae"}:  # all that shapes the rest of the run; its length and its learning rate may change
+        need(repr(state["config"].get(key)) == repr(c[key]),
+             f"{path}: was made with {key} {one_line(state['config'].get(key))}, this run has {c[key]}; give the same --{key}, or another --out")
+    step, seconds, skipped = (state.get(key) for key in ("step", "seconds", "skipped"))
+    need(type(step) is type(skipped) is int and type(seconds) is float and 0 < step and 0 <= skipped and 0 <= seconds < math.inf,
+         f"{path}: its counts are damaged ({one_line((step, seconds, skipped))}); to start the stage anew, move it away")
+    return step, seconds, skipped
+
+
+def load_moments(optimizer, state):
+    """Take the moments of a checkpoint; the settings stay this run's. Raises ValueError where they are not of these weights, which torch would not say."""
+    group = optimizer.param_groups[0]
+    for i, weight in enumerate(group["params"] if state["state"] else ()):                      # without any: before the first step
+        moments = [state["state"][i][key] for key in ("exp_avg", "exp_avg_sq", "step")]
+        plain = all(m.layout == torch.strided and m.device.type == "cpu" and m.is_floating_point() for m in moments)
+        if not plain or [m.shape for m in moments] != [weight.shape, weight.shape, ()] or not moments[2] >= 0:
+            raise ValueError(f"the moments of weight {i} are not of its shape {tuple(weight.shape)}")
+    settings = {key: value for key, value in group.items() if key != "params"} | dict(params=[*range(len(group["params"]))])
+    optimizer.load_state_dict(dict(state=state["state"], param_groups=[settings]))
+    for moments in getattr(optimizer, "optim", optimizer).state.values():                       # the sharded optimiser leaves its step counts on the CPU
+        moments["step"] = moments["step"].float().to(group["params"][0].device)
+
+
+def load_parts(state, path, parts):
+    """Networks and optimisers of a run, by the names they have in its checkpoint, take what it holds. Raises UserError."""
+    try:
+        for name, part in parts.items():
+            load_moments(part, state[name]) if isinstance(part, torch.optim.Optimizer) else part.load_state_dict(state[name])
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: this run cannot go on from it ({type(error).__name__}: {one_line(' '.join(str(error).split()))}); "
+                        "to start the stage anew, move it away") from None
 
 
 def cut_log(path, start):
@@ -526,6 +560,60 @@ def cut_log(path, start):
                 break
             kept += len(line)
     os.truncate(path, kept)
+
+
+def open_log(path, used, start, header):
+    """Before the first step: the folder, a damaged checkpoint out of the way, the log up to `start` and, in it, what this run is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if used != path and path.exists():                          # the next save would keep it as the good one
+            path.replace(path.with_suffix(".damaged.pt"))
+        if path.with_suffix(".jsonl").exists():
+            cut_log(path.with_suffix(".jsonl"), start)
+        add_to_log(path, header)
+    except OSError as error:
+        raise UserError(f"--out {path.parent}: cannot be written ({one_line(error)})") from None
+
+
+def add_to_log(path, line, safely=False):
+    with path.with_suffix(".jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
+        if safely:                                                  # no checkpoint without the lines that lead to it
+            log.flush()
+            os.fsync(log.fileno())
+
+
+class Recent:
+    """The steps since the last line of the log. Their numbers stay on the device until it is written: nothing else waits for a GPU."""
+
+    def __init__(self, stage, skipped):
+        self.stage, self.skipped, self.in_a_row, self.steps = stage, skipped, 0, []
+
+    def add(self, step, values, times):
+        """values: {name: tensor} with "loss" and "grad_norm"; times: (t, r) of each micro-batch, on the CPU, for steps that go wrong."""
+        spread = {name: [round(of(torch.cat(a)).item(), 4) for of in (torch.amin, torch.mean, torch.amax)] for name, a in zip("tr", zip(*times))}
+        self.steps.append((step, torch.stack([v.float() for v in values.values()]), spread))
+        self.names = [*values]
+
+    def line(self, say):
+        """-> the log's line for the last step, with the largest gradient norm and the skipped steps since the line before.
+
+        Raises UserError after MAX_SKIPPED steps in a row that were skipped for want of a finite loss and gradient.
+        """
+        lost, norms, rows = [], [], torch.stack([values for _, values, _ in self.steps]).tolist()
+        for (step, _, times), row in zip(self.steps, rows):
+            if all(map(math.isfinite, row)):
+                self.in_a_row = 0
+                norms.append(row[self.names.index("grad_norm")])
+                continue
+            self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
+            lost.append(dict(step=step, **{name: str(value) for name, value in zip(self.names, row)}, **times))
+            say(f"{self.stage}: skipped {json.dumps(lost[-1])}")
+            need(self.in_a_row < MAX_SKIPPED, f"{self.stage}: no finite loss and gradient in {MAX_SKIPPED} steps in a row, up to {step}; they changed no weight, "
+                 "and the last checkpoint is kept; give a smaller --lr or --precision fp32")
+        last = dict(step=self.steps[-1][0], **{name: value if math.isfinite(value) else None for name, value in zip(self.names, rows[-1])})
+        self.steps = []
+        return last | dict(grad_max=max(norms, default=None)) | (dict(skipped=lost) if lost else {})
 
 
 class Stop:
@@ -556,11 +644,6 @@ class Stop:
         if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)              # on the CPU: nothing waits for the GPU
         return int(number)
-
-
-def spread(batches):
-    """Times (t, r) of several micro-batches -> {"t": [smallest, mean, largest], "r": ...}."""
-    return {name: [round(of(torch.cat(values)).item(), 4) for of in (torch.amin, torch.mean, torch.amax)] for name, values in zip("tr", zip(*batches))}
 
 
 def deaf(worker):
@@ -622,55 +705,28 @@ def train(stage, args, data, stop):
     if stage == "rae" and c["adversarial"]:
         discriminator = Discriminator(c["resolution"], args.dino_weights).to(device)
         d_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), **adamw)
+    parts = dict(model=trained, ema=ema, optimizer=optimizer)       # what a checkpoint holds, by name
+    parts |= dict(discriminator=discriminator.heads, d_optimizer=d_optimizer) if discriminator else {}
 
     # Resume
-    path, log_path, listing = save_to / f"{stage}.pt", save_to / f"{stage}.jsonl", data.listing if data else ""
-    start, elapsed, skipped, (state, used) = 0, 0.0, 0, newest(path, say)
+    path, listing, start, elapsed, skipped = save_to / f"{stage}.pt", data.listing if data else "", 0, 0.0, 0
+    state, used = newest(path, say)
     if state is not None:
-        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-            raise UserError(f"{path}: no checkpoint of train.py that could go on; name released weights with --teacher or --init, or give another --out")
-        if state["config"].get("precision") in ("fp32", "bf16") and not any(word.startswith("--precision") for word in sys.argv):
-            c["precision"] = state["config"]["precision"]
-        for key in c:  # all that shapes the rest of the run; its length and its learning rate may change
-            if key not in ("steps", "lr", "init", "teacher", "rae") and repr(state["config"].get(key)) != repr(c[key]):     # a tensor has no !=
-                raise UserError(f"{path}: was made with {key} {one_line(state['config'].get(key))}, this run has {c[key]}; give the same --{key}, or another --out")
-        try:
-            start, elapsed, skipped = state["step"], state["seconds"], state["skipped"]
-            if not (type(start) is type(skipped) is int and type(elapsed) is float and start > 0 <= skipped and 0 <= elapsed < math.inf):
-                raise ValueError(f"step {start!r}, skipped {skipped!r}, seconds {elapsed!r}")
-            if start >= c["steps"]:
-                return say(f"{path}: complete, {start} steps")
-            trained.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            load_moments(optimizer, weights, state["optimizer"])
-            if discriminator:
-                discriminator.heads.load_state_dict(state["discriminator"])
-                if state["d_optimizer"]["state"]:                   # before its first step there is none
-                    load_moments(d_optimizer, list(discriminator.heads.parameters()), state["d_optimizer"])
-            if stage not in ("encoder", "rae"):
-                rae = unpack_rae(state["rae"], stage != "mid", args.encoder_weights).to(device)
-                if (rae.decoder.config["latent_dim"], *[rae.decoder.config["grid"]] * 2) != tuple(noise_shape):
-                    raise ValueError("its RAE has latents of another shape")
-        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
-            raise UserError(f"{path}: this run cannot go on from it ({type(error).__name__}: {one_line(' '.join(str(error).split()))}); "
-                            "to start the stage anew, move it away") from None
+        start, elapsed, skipped = progress_of(state, used, c)
+        if start >= c["steps"]:
+            return say(f"{path}: complete, {start} steps")
+        load_parts(state, used, parts)
+        if stage not in ("encoder", "rae"):
+            rae = unpack_rae(state.get("rae"), stage != "mid", args.encoder_weights, used).to(device)
+            need((rae.decoder.config["latent_dim"], *[rae.decoder.config["grid"]] * 2) == tuple(noise_shape), f"{used}: its RAE has latents of another shape")
         if repr(state.get("listing")) != repr(listing):
             say(f"--data: {one_line(state.get('listing'))} when this stage was started, {listing} now: from here on their order is another")
     del state
-    if len(everyones({(start, listing)})) > 1:                      # before the first one writes
-        raise UserError(f"{path}, --data {args.data}: not the same on all processes; --out and --data must be folders that all of them see")
+    need(len(everyones({(start, listing)})) == 1,                   # before the first one writes
+         f"{path}, --data {args.data}: not the same on all processes; --out and --data must be folders that all of them see")
     say(json.dumps(dict(c, parameters=sum(p.numel() for p in weights), start=start, world=world, micro_batch=micro)))
     if rank == 0:
-        try:
-            save_to.mkdir(parents=True, exist_ok=True)
-            if used != path and path.exists():                      # the next save would take it for the good one
-                path.replace(path.with_suffix(".damaged.pt"))
-            if log_path.exists():
-                cut_log(log_path, start)
-            with log_path.open("a") as log:
-                log.write(json.dumps(dict(config=c, start=start, command=sys.argv, torch=torch.__version__)) + "\n")
-        except OSError as error:
-            raise UserError(f"--out {save_to}: cannot be written ({one_line(error)})") from None
+        open_log(path, used, start, dict(config=c, start=start, command=sys.argv, torch=torch.__version__))
     wandb_run = start_wandb(args, c) if args.wandb and rank == 0 else None
     scorer = fid.Scorer(args.ref, args.eval_features, args.eval_weights, args.device) if args.eval_every else None
     if scorer:
@@ -704,8 +760,8 @@ def train(stage, args, data, stop):
     batches = iter(DataLoader(samples, batch_sampler=numbers, num_workers=workers, worker_init_fn=deaf, pin_memory=device.type == "cuda",
                               prefetch_factor=4 if workers else None))
 
-    recent, in_a_row, ending = [], 0, 0                             # recent: values and times of the steps since the last line of the log
-    solved, bad, named, step, clock, logged = {}, set(), set(), start, time.perf_counter(), (start, time.perf_counter())
+    recent, ending, solved, bad, named, step = Recent(stage, skipped), 0, {}, set(), set(), start
+    clock, logged = time.perf_counter(), (start, time.perf_counter())
     bar = tqdm(total=c["steps"], initial=start, desc=stage, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10)
     while step < c["steps"] and not ending:
         judged, opposed = (discriminator and step >= c[key] * c["steps"] for key in ("discriminator_from", "gan_from"))
@@ -757,11 +813,11 @@ def train(stage, args, data, stop):
         grad_norm = nn.utils.clip_grad_norm_(weights, c["clip"] or math.inf)
         if judged:
             totals["d_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.heads.parameters(), math.inf)
-        values = torch.stack([*totals.values()])
+        values = torch.stack([*totals.values(), grad_norm])
         if world > 1:
             dist.all_reduce(values)
             values /= world
-        broken = ~(values.sum() + grad_norm).isfinite()             # the same on all processes; such a step changes no weight and no moment
+        broken = ~values.sum().isfinite()                           # the same on all processes; such a step changes no weight and no moment
         for one in (optimizer, d_optimizer) if judged else (optimizer,):
             getattr(one, "optim", one).found_inf = broken.float()   # read by the fused AdamW, on the device: nothing waits for it
             one.step()
@@ -773,28 +829,15 @@ def train(stage, args, data, stop):
         step += 1
         bar.update()
 
-        recent.append((step, torch.cat([values, grad_norm[None]]), spread(times)))
+        recent.add(step, dict(zip([*totals, "grad_norm"], values)), times)
         ending, last = stop.agreed(), step == c["steps"]
         scoring = scorer and not ending and (last or step % args.eval_every == 0)
         saving = last or scoring or ending or step % args.save_every == 0
         if saving or step % args.log_every == 0 or step == 1:
-            rows = torch.stack([row for _, row, _ in recent]).tolist()                          # of steps; only here a GPU is waited for
-            now, norms, lost = time.perf_counter(), [row[-1] for row in rows if all(map(math.isfinite, row))], []
-            for (number, _, when), row in zip(recent, rows):
-                in_a_row = 0 if all(map(math.isfinite, row)) else in_a_row + 1
-                if in_a_row:
-                    lost.append(dict(step=number, loss=str(row[0]), grad_norm=str(row[-1]), **when))
-                    say(f"{stage}: skipped {json.dumps(lost[-1])}")
-                if in_a_row == MAX_SKIPPED:
-                    bar.close()
-                    raise UserError(f"{stage}: no finite loss and gradient in {MAX_SKIPPED} steps in a row, up to {number}; they changed no weight, and the last "
-                                    "checkpoint is kept; give a smaller --lr or --precision fp32")
-            skipped += len(lost)
-            finite = [value if math.isfinite(value) else None for value in rows[-1]]            # JSON knows no nan
-            line = dict(step=step, **dict(zip(totals, finite)), grad_norm=finite[-1], grad_max=max(norms, default=None), lr=learning_rate(step - 1, c),
-                        images_per_s=round((step - logged[0]) * c["batch_size"] / (now - logged[1]), 1), seconds=round(elapsed + now - clock, 2))
-            line |= dict(skipped=lost) if lost else {}
-            logged, recent = (step, now), []
+            now, line = time.perf_counter(), recent.line(say)
+            line |= dict(lr=learning_rate(step - 1, c), images_per_s=round((step - logged[0]) * c["batch_size"] / (now - logged[1]), 1),
+                         seconds=round(elapsed + now - clock, 2))
+            logged = step, now
             if device.type == "cuda":
                 line["peak_GB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             if isinstance(images, list):                            # all processes stop, or none
@@ -804,13 +847,9 @@ def train(stage, args, data, stop):
                 named = bad
                 refuse_unreadable(bad, len(images))
             shown = {name: "nan" if line[key] is None else f"{line[key]:.4g}" for name, key in dict(loss="loss", mse="mse", grad="grad_norm", grad_max="grad_max").items()}
-            bar.set_postfix(shown | dict(img_s=line["images_per_s"]) | (dict(skipped=skipped) if skipped else {}), refresh=False)
+            bar.set_postfix(shown | dict(img_s=line["images_per_s"]) | (dict(skipped=recent.skipped) if recent.skipped else {}), refresh=False)
             if rank == 0:
-                with log_path.open("a") as log:
-                    log.write(json.dumps(line) + "\n")
-                    if saving:
-                        log.flush()
-                        os.fsync(log.fileno())                      # no checkpoint without the lines that lead to it
+                add_to_log(path, line, safely=saving)
             if wandb_run:
                 wandb_run.log(line, step=step)
 
@@ -824,36 +863,27 @@ def train(stage, args, data, stop):
             if args.shard and world > 1:
                 optimizer.consolidate_state_dict(to=0)
             if rank == 0:
-                content = dict(stage=stage, step=step, seconds=elapsed + time.perf_counter() - clock, skipped=skipped, listing=listing,
-                               config=c, classes=classes, alpha=alpha,
-                               random=dict(seed=args.seed, next_sample=step * c["batch_size"]),
-                               model=trained.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-                if discriminator:
-                    content |= dict(discriminator=discriminator.heads.state_dict(), d_optimizer=d_optimizer.state_dict())
+                content = dict(stage=stage, step=step, seconds=elapsed + time.perf_counter() - clock, skipped=recent.skipped, listing=listing, config=c,
+                               classes=classes, alpha=alpha, random=dict(seed=args.seed, next_sample=step * c["batch_size"]))
+                content |= {name: part.state_dict() for name, part in parts.items()}
                 if stage != "encoder" and (stage != "rae" or last):
                     content["rae"] = rae.packed()
                 save(content, path)
         if rank == 0 and (last or step % args.sample_every == 0):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=c["precision"] == "bf16"):
-                if stage in ("encoder", "rae"):  # rows of originals, each above its reconstructions
-                    shown = data.images[::max(1, len(data.images) // 32)] if isinstance(data.images, list) else data.images
-                    shown = next(in_batches(shown[:32], c["resolution"], device, lambda x: x, "show"))
-                    columns = min(8, len(shown))
-                    shown = shown[:len(shown) // columns * columns]                                                         # (32, 3, S, S)
-                    drawn = ema.draw(ema.encoder(shown)) if stage == "encoder" else ema(encode(shown))
-                    pictures = torch.stack([x.unflatten(0, (-1, columns)) for x in (shown, drawn.clamp(0, 1))], 1).flatten(0, 2)
+                if stage in ("encoder", "rae"):
+                    redraw = lambda x: ema.draw(ema.encoder(x)) if stage == "encoder" else ema(encode(x))
+                    pictures, columns = originals_and(redraw, data.images, c["resolution"], device)
                 else:  # a class a column
-                    columns = 8
                     labels = (torch.arange(8) * max(1, len(classes) // 8) % len(classes)).repeat(4).to(device)
                     noise = noise_of(args.seed, range(32), noise_shape).to(device)
-                    pictures = generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha)
+                    pictures, columns = generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha), 8
             save_grid(to_uint8(pictures.float()).cpu(), save_to / f"{stage}.{step:06d}.png", columns)
         if scoring:                                                 # the checkpoint is saved
             scores = scorer(images_to_score(ema, rae, args, len(classes), alpha, device, rank, world), torch.arange(args.eval_num) % len(classes))
             if rank == 0:
                 say(f"{stage}, step {step}: {json.dumps(scores)}")
-                with log_path.open("a") as log:
-                    log.write(json.dumps(dict(step=step, scores=scores)) + "\n")
+                add_to_log(path, dict(step=step, scores=scores))
     bar.close()
     if ending:
         say(f"{stage}: {signal.Signals(ending).name}, saved at step {step}; the same command goes on")
@@ -873,7 +903,8 @@ def report(args, data):
         images, labels = make_toy_images(500 if args.dry_run else 10_000, args.seed + 2)
         images, labels, steps = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels), 250
     classifier = train_classifier(images, labels, len(data.classes), 2 if args.dry_run else steps, args.device)
-    side_by_side(args.report or args.save_to, data.held_out, data.classes, classifier, args.save_to, args.device, args.seed, args.precision)
+    side_by_side(args.report or args.save_to, data.held_out, data.classes, classifier, args.save_to, args.device, args.seed, args.precision,
+                 num=100 if args.dry_run else 1000)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
