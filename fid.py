@@ -33,7 +33,7 @@ from torch.backends import cudnn
 from torchvision.models import Inception3
 from tqdm import tqdm
 
-from rae import (Parser, at_least, download, known_to_timm, load_file, load_rae, need, pick_device, read_image, reading,
+from rae import (Parser, ProcessLost, at_least, download, known_to_timm, load_file, load_rae, need, pick_device, read_image, reading,
                  run_main, timm_network)
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the end of the name is the start of the file's sha256
@@ -134,15 +134,19 @@ def exact(device):
         torch.set_float32_matmul_precision(precision)
 
 def join_processes(timeout=timedelta(days=1)):
-    """Under torchrun: meet the other processes, and take the GPU of this one's rank. Raises UserError where it has none."""
+    """Under torchrun: meet the other processes, and take the GPU of this one's rank. Raises UserError where there is none, ProcessLost where they do not come."""
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if gpus:
         need(local < gpus, f"--nproc_per_node: more processes than GPUs ({gpus}); give as many")
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # else a restart finds dead addresses in it
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout, store=store, rank=rank, world_size=world)
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # else a restart finds dead addresses in it
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout, store=store, rank=rank, world_size=world)
+        except (RuntimeError, ValueError) as error:
+            raise ProcessLost(f"process {os.environ.get('RANK')}: another process did not come, or is dead ({' '.join(str(error).split())[:150]}); "
+                              "start all of them, as torchrun does") from None
         atexit.register(dist.destroy_process_group)
 
 def place():

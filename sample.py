@@ -358,7 +358,7 @@ def side_by_side(checkpoints, held_out, names, classifier, out, device, seed, pr
     for path, name in called.items():
         mine, log = sorted((row["steps"], row["frechet"]) for row in rows if row["name"] == name), Path(path).with_suffix(".jsonl")
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        norms = [(line["step"], line["grad_max"]) for line in lines if line.get("grad_max")]
+        norms = [(line["step"], line.get("grad_max") or line["grad_norm"]) for line in lines if line.get("grad_norm")]
         curves[name] = zip(*mine), zip(*norms) if norms else ((), ())
     save_curves({"Frechet distance against number of steps": {name: xy for name, (xy, _) in curves.items()},
                  "gradient norm against training step": {name: xy for name, (_, xy) in curves.items()}}, out / "report.png")
