@@ -198,15 +198,17 @@ def save_curves(charts, path, width=600, height=400):
         if not len(xs):
             continue
         scale, x_ticks = (np.log, xs) if len(xs) < 10 else (float, np.linspace(xs[0], xs[-1], 6).round())
-        low, high = np.floor(np.log10(ys[0])), np.ceil(np.log10(ys[-1]) + 1e-9)
+        ticks = [n * 10.0**power for power in range(-9, 20) for n in ((1, 2, 5) if ys[-1] < 100 * ys[0] else (1,))]
+        ticks = [tick for i, tick in enumerate(ticks) if ticks[i + 1:] and ticks[i + 1] > ys[0] and ticks[max(0, i - 1)] < ys[-1]]
+        low, high = np.log10(ticks[0]), np.log10(ticks[-1])
         to_x = lambda x: k * width + 60 + (width - 90) * (scale(x) - scale(xs[0])) / max(scale(xs[-1]) - scale(xs[0]), 1e-9)
         to_y = lambda y: height - 40 - (height - 80 - 16 * len(curves)) * (np.log10(y) - low) / (high - low)
         draw.text((k * width + 60, 8), title, "black", font_size=16)
         for x in x_ticks:
             draw.text((to_x(x), height - 32), f"{x:g}", "black", font_size=13, anchor="ma")
-        for power in np.arange(low, high + 1):
-            draw.line([(k * width + 60, to_y(10**power)), ((k + 1) * width - 30, to_y(10**power))], "lightgray")
-            draw.text((k * width + 52, to_y(10**power)), f"{10**power:g}", "black", font_size=13, anchor="rm")
+        for tick in ticks:
+            draw.line([(k * width + 60, to_y(tick)), ((k + 1) * width - 30, to_y(tick))], "lightgray")
+            draw.text((k * width + 52, to_y(tick)), f"{tick:g}", "black", font_size=13, anchor="rm")
         for i, (name, (x, y)) in enumerate(curves.items()):
             draw.line([(to_x(a), to_y(b)) for a, b in zip(x, y)], colours[i % len(colours)], 2)
             draw.text((k * width + 70, 32 + 16 * i), name, colours[i % len(colours)], font_size=13)
