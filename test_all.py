@@ -1594,15 +1594,40 @@ def test_torchrun_restarts_after_a_dead_process(forks, trained, photographs, str
 
 # --- README -----------------------------------------------------------------------------------------------------------
 
-def test_readme_names_flags_and_files_that_exist():
+def test_readme_names_flags_files_and_lines_that_exist():
     text = (HERE / "README.md").read_text()
-    flags = set(re.findall(r"add(?:_argument)?\(\s*\"(?:-\w\", \")?(--\w+)", "".join((HERE / f).read_text() for f in ("train.py", "sample.py", "fid.py", "rae.py"))))
-    known = flags | {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--help"}
+    flags = {f: set(re.findall(r"add(?:_argument)?\(\s*\"(?:-\w\", \")?(--\w+)", (HERE / f).read_text())) for f in ("train.py", "sample.py", "fid.py", "rae.py", "meanflow.py", "dit.py")}
+    launcher = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts"}
+    known = set().union(*flags.values()) | launcher | {"--help", "--slow", "--signal"}
     assert set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) <= known
-    assert {f for f in re.findall(r"\b(\w+\.(?:py|txt))\b", text)} <= {p.name for p in HERE.iterdir()}
+    fenced = re.sub(r"\\\n", " ", "\n".join(code for language, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M) if not language))
+    commands = [part for line in fenced.splitlines() for part in line.split("#")[0].split("&&") if ".py" in part] + re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", text)
+    assert len(commands) > 40
+    for command in commands:
+        script = re.search(r"(\w+\.py)", command)[1]
+        if script in flags:
+            assert set(re.findall(r"--[a-z]\w+", command.split(script)[1])) <= flags[script] | {"--help"}, command
+            assert set(re.findall(r"--[a-z]\w+", command.split(script)[0])) <= launcher, command
+    assert {f for f in re.findall(r"\b(\w+\.(?:py|txt))\b", text)} <= {p.name for p in HERE.iterdir()} | {"split.py", "defect.py"}  # which it prints
     assert all((HERE / link).exists() for link in re.findall(r"\]\((?!http|#)([^)#]+)", text))
+    headings = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^##+ (.*)", text, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+    for name, file, line in re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", text):
+        assert re.match(rf"(def|class) {name}\b", (HERE / file).read_text().splitlines()[int(line) - 1]), f"{file}: {name} is not in line {line}"
+    tests = Path(__file__).read_text()
+    assert all(f"def {name.rstrip('.')}" in tests for name in re.findall(r"`(test_\w+)[.]*`", text))
     setup = [line for line in text.splitlines() if line.startswith("pip install -r requirements.txt && ")]
     assert len(setup) == 2 and "train.py --toy" in setup[0] and "pytest" in setup[1]
+
+
+def test_readmes_own_programs_run(photographs, trained, tmp_path):
+    for code, name in re.findall(r"^```python\n(# (\w+\.py): .*?)^```", (HERE / "README.md").read_text(), re.S | re.M):
+        (tmp_path / name).write_text(code.replace("10, y", "3, y"))                             # three classes here, ten in the toy
+    toy = ("--toy", "--data", photographs, "--rae", trained / "rae.pt", "--teacher", trained / "flow.pt", "--init", trained / "mid.pt", *TINY)
+    for i, command in enumerate((("split.py", *toy, "--stage", "split"), ("defect.py", "twice", *toy, "--stage", "distill", "--derivative", "fd"),
+                    ("defect.py", "shift,linspace,random", *toy, "--stage", "mid", "--init", trained / "flow.pt"))):
+        status, output = run(tmp_path / command[0], *command[1:], "--out", tmp_path / f"{i}")
+        assert status == 0, output
 
 
 # --- fid.py: expectations come from a closed form, from scipy, or from a slow loop over the definition -------------------

@@ -747,7 +747,7 @@ def train(stage, args, data, stop):
 
     # Samples
     images = None if stage == "mid" else data.images
-    if stage in ("flow", "distill", "bootstrap") and torch.is_tensor(images):
+    if stage not in ("encoder", "rae") and torch.is_tensor(images):
         if data.latents is None:
             data.latents = torch.cat([z.cpu() for z in in_batches(images, c["resolution"], device, encode, "encode")])
         images = data.latents                                       # (N, C, G, G)
@@ -779,7 +779,7 @@ def train(stage, args, data, stop):
                 x = batch["x"].to(device, non_blocking=True)
                 if x.dtype == torch.uint8:
                     x = x.float() / 255                                                         # (B, 3, S, S)
-                if stage in ("flow", "distill", "bootstrap") and images is not data.latents:
+                if stage not in ("encoder", "rae") and images is not data.latents:
                     x = encode(x)                                                               # (B, C, G, G)
             if stage == "encoder":
                 loss, metrics = student(x, y, noise, c["noise"])
