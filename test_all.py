@@ -1145,6 +1145,40 @@ def test_two_processes_share_the_decoders_optimiser_and_agree_on_statistics_and_
     assert status != 0 and len(lines) == 1 and "1 of 61 images cannot be read" in lines[0] and "notes.jpg" in lines[0], output
 
 
+def test_published_form_has_the_gradient_of_ours():
+    """What --bench holds ours against does the same work: in float64, with the same difference, gradients are equal."""
+    net, teacher = small_dit(average_velocity=True).double(), small_dit().double()
+    x, noise, y = *torch.randn(2, 8, 8, 4, 4, dtype=torch.float64), torch.arange(8)
+    t, r = meanflow.mean_flow_times(torch.rand(2, 8, dtype=torch.float64), torch.arange(8) % 4 == 3, 2.5)
+    gradients = []
+    for loss in (train.published_mean_flow_loss(net, x, y, 2.5, teacher, t, r, noise), meanflow.mean_flow_loss(net, x, y, 2.5, teacher, "fd", t=t, r=r, noise=noise)[0]):
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()), allow_unused=True) if g is not None]))
+    assert relative(*gradients) < 1e-9
+
+
+def test_bench_ends_in_one_json_object(monkeypatch, capsys):
+    monkeypatch.setattr(train, "ProcessPoolExecutor", ThreadPoolExecutor)                       # the memory is not looked at here
+    in_process(monkeypatch, "--toy", "--bench", "--steps", 1, "--batch_size", 4, "--device", "cpu", "--precision", "fp32")
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = [(row["stage"], row["form"]) for row in last["rows"]]
+    assert rows == [("flow", "ours"), ("mid", "ours")] + [(stage, form) for stage in ("distill", "bootstrap") for form in ("ours", "published")]
+    assert all(row["ms"] > 0 and row["images_per_s"] > 0 and 0 < row["share_of_peak"] < 2 for row in last["rows"])
+    # of the published form's products ours need 1 (teacher) + 3 + a quarter of a JVP, against 1 + 9
+    tflop = {(row["stage"], row["form"]): row["tflops"] * row["ms"] for row in last["rows"]}
+    assert tflop["distill", "published"] > 2 * tflop["distill", "ours"] and tflop["bootstrap", "published"] > 2.3 * tflop["bootstrap", "ours"]
+
+
+@pytest.mark.parametrize("stage", ("flow", "mid", "distill"))
+def test_compile_goes_through_every_kind_of_loss(stage, photographs, trained, tmp_path, monkeypatch):
+    """Captured graphs, forward mode among them, run as they are: without the compiler, which takes minutes and a C++ compiler."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compiled(net, backend="eager"))
+    copy_inputs(trained, tmp_path, *[s for s in train.TOY if s != stage])
+    in_process(monkeypatch, "--toy", "--data", photographs, "--out", tmp_path, "--stage", stage, *TINY, "--steps", 2, "--compile")
+    for step, values in losses(tmp_path, stage).items():
+        assert values == pytest.approx(losses(trained, stage)[step], rel=1e-3)
+
+
 def test_whole_toy_dry_run_reports_and_leaves_nothing(tmp_path):
     status, output = run("torchrun", "--standalone", "--nproc_per_node=2", HERE / "train.py", "--toy", "--dry_run", "--out", tmp_path / "toy", folder=tmp_path)
     assert status == 0, output
