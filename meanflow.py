@@ -91,15 +91,14 @@ def guided(v, weight, null):
 # Stage "mid": Consistency Mid-Training. The student first learns the teacher's finite jumps, read off a solved
 # trajectory: a plain regression with bounded targets, where E5 from a random or a teacher's start explodes.
 
-def mid_training_loss(student, teacher, noise, y, alpha, num_points=17, num_pairs=64, pairs=None, solver="euler", trajectory=None):
+def mid_training_loss(student, teacher, noise, y, alpha, num_points=17, num_pairs=64, pairs=None, solver="euler"):
     """E4: mean of |u(z_t, t, y, r) - (z_t - z_r) / (t - r)|^2, z_t and z_r two nodes of one teacher trajectory.
 
     noise (B, ...) starts B trajectories of num_points nodes; from each come num_pairs pairs of nodes, numbered by
     pairs (B, num_pairs) in 0 .. num_points (num_points - 1) / 2 - 1, drawn where not given. No data, no weighting, and
-    each pair carries the times that the solver really stepped through. trajectory: what solve_flow gave for this noise
-    before, to be used again. Returns (loss, {"mse"}).
+    each pair carries the times that the solver really stepped through. Returns (loss, {"mse"}).
     """
-    trajectory, times = trajectory or solve_flow(teacher, noise, y, num_points - 1, alpha, solver)  # (P, B, ...), (P,)
+    trajectory, times = solve_flow(teacher, noise, y, num_points - 1, alpha, solver)             # (P, B, ...), (P,)
     nodes = torch.triu_indices(num_points, num_points, offset=1, device=noise.device)           # (2, P (P - 1) / 2)
     if pairs is None:
         pairs = torch.randint(nodes.shape[1], (len(noise), num_pairs), device=noise.device)

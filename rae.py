@@ -458,6 +458,10 @@ class RAE(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("var", var)
 
+    @property
+    def latent_shape(self):
+        return self.decoder.config["latent_dim"], self.decoder.config["grid"], self.decoder.config["grid"]
+
     def normalise(self, z):
         z = z if self.mean is None else z - self.mean
         return z if self.var is None else z / (self.var + 1e-5).sqrt()

@@ -21,6 +21,7 @@ import time
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +85,7 @@ def load_all(args):
     channels, grid = model.in_channels, model.input_size
     own = content.get("rae") and not args.rae
     rae = unpack_rae(content["rae"], path=args.ckpt) if own else rae_from(args.rae, 16 * grid, with_encoder=False)
-    latents = rae.decoder.config["latent_dim"], rae.decoder.config["grid"]
-    need(latents == (channels, grid), f"{args.ckpt}: makes latents of {channels} channels and grid {grid}, but the RAE takes {latents[0]} and {latents[1]}; "
+    need(rae.latent_shape == (channels, grid, grid), f"{args.ckpt}: makes latents {(channels, grid, grid)}, but the RAE takes {rae.latent_shape}; "
          "give the one that it was trained with as --rae")
     alpha = content.get("alpha") or (channels * grid**2 / 4096) ** 0.5
     return model, rae, alpha, class_names(content, model.num_classes)
@@ -320,61 +320,94 @@ def train_classifier(images, labels, num_classes, steps, device, seed=0):
 
 
 @torch.no_grad()
+def rate(images, labels, real, classifier, rae, device):
+    """How near images are to real ones in the features of the RAE's encoder, and whether each shows its class.
+
+    images (N, 3, S, S) and real (M, 3, S, S) uint8, labels (N,) -> dict(frechet, agreement in 0..1).
+    """
+    def floats(x):
+        return x.to(device).float() / 255                                                       # (B, 3, S, S)
+    made, wanted = (feature_statistics(lambda x: rae.features(floats(x)), x, batch_size=500) for x in (images, real))
+    named = torch.cat([classifier(floats(x)).argmax(1).cpu() for x in images.split(500)])       # (N,)
+    return dict(frechet=frechet_distance(made.mean, made.covariance, wanted.mean, wanted.covariance),
+                agreement=(named == labels).float().mean().item())
+
+
+@torch.no_grad()
+def in_steps(network, rae, alpha, steps, seed, num, device, precision):
+    """`num` samples, classes in turn, in so many steps -> images uint8 (num, 3, S, S), labels (num,), seconds."""
+    noise = noise_of(seed, range(num), (network.in_channels, network.input_size, network.input_size)).to(device)    # (num, C, G, G)
+    labels = (torch.arange(num) % network.num_classes).to(device)
+    clock = time.perf_counter()
+    with torch.autocast(str(device), torch.bfloat16, enabled=precision == "bf16"):
+        batches = [generate(network, rae, z, y, steps, alpha).float() for z, y in zip(noise.split(250), labels.split(250))]
+    return to_uint8(torch.cat(batches)).cpu(), labels.cpu(), time.perf_counter() - clock
+
+
+def curves_of(rows, logs):
+    """What save_curves draws of the rows, and of the logs {name: path} of their training."""
+    quality, norms = {}, {}
+    for name, log in logs.items():
+        quality[name] = zip(*sorted((row["steps"], row["frechet"]) for row in rows if row["name"] == name))
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        points = [(line["step"], line.get("grad_max") or line["grad_norm"]) for line in lines if line.get("grad_norm")]
+        norms[name] = zip(*points) if points else ((), ())
+    return {"Frechet distance against number of steps": quality, "gradient norm against training step": norms}
+
+
+def save_comparison(rows, num_classes, path):
+    """Two lines of pictures of each row, a class a column: real, reconstructed, the teacher's in 25 steps, the students' in one."""
+    shown = [row for row in rows if row["steps"] in ("", 25) or row["steps"] == 1 and row["name"] != "teacher"]
+    columns = torch.linspace(0, num_classes - 1, min(10, num_classes)).long()
+    lines = []
+    for row in shown:
+        for which in (0, 1):                                                                    # the first of a class, the second
+            found = [(row["labels"] == k).nonzero()[:, 0] for k in columns]
+            blank = torch.full_like(row["images"][0], 255)                                      # for a class that is not among them
+            lines.append(torch.stack([row["images"][i[min(which, len(i) - 1)]] if len(i) else blank for i in found]))
+    titles = [f"{row['name']},\n{row['steps']} step{'s' * (row['steps'] > 1)}" if row["steps"] else row["name"] for row in shown]
+    save_grid(torch.cat(lines), path, columns=len(columns), titles=titles)
+
+
 def side_by_side(checkpoints, held_out, names, classifier, out, device, seed, precision, num=1000):
     """Print how teachers and students do in 1, 2, ... steps; save the table as report.json and its curves as report.png.
 
     checkpoints: their paths, or the folder of the toy's stages, which adds real images, reconstructions and a picture
     of all, comparison.png. held_out: images uint8 (M, 3, 32, 32) and labels (M,) that no stage has seen.
     """
-    out, stages, (real, real_labels) = Path(out), ("flow", "mid", "distill", "bootstrap"), held_out
-    whole, rows, say = not isinstance(checkpoints, list), [], lambda text: tqdm.write(text, file=sys.stdout)
-    called = {str(Path(checkpoints) / f"{s}.pt"): "teacher" if s == "flow" else f"student after {s}" for s in stages} if whole else {path: path for path in checkpoints}
-    floats = lambda images: images.to(device).float() / 255                                     # (B, 3, 32, 32)
+    out, (real, real_labels), rows, whole = Path(out), held_out, [], not isinstance(checkpoints, list)
+    if whole:
+        called = {"teacher": "flow", "student after mid": "mid", "student after distill": "distill", "student after bootstrap": "bootstrap"}
+        checkpoints = {name: Path(checkpoints) / f"{stage}.pt" for name, stage in called.items()}
+    else:
+        checkpoints = {str(path): Path(path) for path in checkpoints}
+    say = partial(tqdm.write, file=sys.stdout)
     say(f"\n{'':24} {'steps':>5} {'Frechet distance':>17} {'class agreement':>16} {'s per 1000':>11}")
 
-    def add(name, steps, images, labels, rae, seconds=None):
-        found, wanted = (feature_statistics(lambda x: rae.features(floats(x)), x, batch_size=500) for x in (images, real))
-        frechet = frechet_distance(found.mean, found.covariance, wanted.mean, wanted.covariance)
-        agreement = (torch.cat([classifier(floats(x)).argmax(1).cpu() for x in images.split(500)]) == labels).float().mean().item()
-        rows.append(dict(name=name, steps=steps, images=images, labels=labels, frechet=frechet, agreement=agreement, seconds=seconds))
-        say(f"{name:24} {steps:>5} {frechet:17.3f} {agreement:15.1%} " + (f"{seconds * 1000 / num:11.1f}" if seconds else ""))
+    def add(name, steps, images, labels, seconds=None):
+        row = dict(name=name, steps=steps, **rate(images, labels, real, classifier, rae, device), seconds=seconds, images=images, labels=labels)
+        rows.append(row)
+        say(f"{name:24} {steps:>5} {row['frechet']:17.3f} {row['agreement']:15.1%} " + (f"{seconds * 1000 / num:11.1f}" if seconds else ""))
 
-    for path, name in called.items():
+    for name, path in checkpoints.items():
         network, content = load_network(path)
         need(content.get("rae") and network.num_classes == len(names), f"{path}: holds no RAE, or knows {network.num_classes} classes where the images have "
              f"{len(names)}; give a checkpoint of ours, and the --data that it was trained on")
         network, rae = network.to(device), unpack_rae(content["rae"], path=path).to(device)
         if whole and not rows:
-            add("real images, held out", "", real, real_labels, rae)
-            decoded = torch.cat([to_uint8(rae.decode(rae.encode(floats(x)))).cpu() for x in real.split(250)])
-            add("their reconstructions", "", decoded, real_labels, rae)
-        labels = (torch.arange(num) % len(names)).to(device)
-        noise = noise_of(seed, range(num), (network.in_channels, network.input_size, network.input_size)).to(device)
+            add("real images, held out", "", real, real_labels)
+            with torch.no_grad():
+                decoded = torch.cat([to_uint8(rae.decode(rae.encode(x.to(device).float() / 255))).cpu() for x in real.split(250)])
+            add("their reconstructions", "", decoded, real_labels)
         for steps in (1, 2, 4) if network.r_embedder is not None else (25, 4, 1):
-            clock = time.perf_counter()
-            with torch.autocast(str(device), torch.bfloat16, enabled=precision == "bf16"):
-                images = torch.cat([to_uint8(generate(network, rae, n, y, steps, content.get("alpha") or 1.0).float()).cpu() for n, y in zip(noise.split(250), labels.split(250))])
-            add(name, steps, images, labels.cpu(), rae, time.perf_counter() - clock)
-    (out / "report.json").write_text(json.dumps([{k: v for k, v in row.items() if k not in ("images", "labels")} for row in rows], indent=1))
-    curves = {}
-    for path, name in called.items():
-        mine, log = sorted((row["steps"], row["frechet"]) for row in rows if row["name"] == name), Path(path).with_suffix(".jsonl")
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        norms = [(line["step"], line.get("grad_max") or line["grad_norm"]) for line in lines if line.get("grad_norm")]
-        curves[name] = zip(*mine), zip(*norms) if norms else ((), ())
-    save_curves({"Frechet distance against number of steps": {name: xy for name, (xy, _) in curves.items()},
-                 "gradient norm against training step": {name: xy for name, (_, xy) in curves.items()}}, out / "report.png")
-    if whole:  # two rows of a class a column, each
-        shown = [row for row in rows if row["name"] != "teacher" and row["steps"] in ("", 1) or row["steps"] == 25]
-        columns = [int(i) for i in torch.linspace(0, len(names) - 1, min(10, len(names)))]
-        strips = []
-        for row in shown:
-            where = [(row["labels"] == k).nonzero()[:, 0][:2] for k in columns]
-            strips.append(torch.stack([row["images"][w[min(j, len(w) - 1)]] for j in (0, 1) for w in where if len(w)]))
-        titles = [row["name"] + (f",\n{row['steps']} step{'s' * (row['steps'] > 1)}" if row["steps"] else "") for row in shown]
-        save_grid(torch.cat(strips), out / "comparison.png", columns=len(strips[0]) // 2, titles=titles)
+            add(name, steps, *in_steps(network, rae, content.get("alpha") or 1.0, steps, seed, num, device, precision))
+    table = [{key: value for key, value in row.items() if key not in ("images", "labels")} for row in rows]
+    (out / "report.json").write_text(json.dumps(table, indent=1))
+    save_curves(curves_of(rows, {name: path.with_suffix(".jsonl") for name, path in checkpoints.items()}), out / "report.png")
+    if whole:
+        save_comparison(rows, len(names), out / "comparison.png")
     say(f"\nFrechet distance: in the encoder's features, to {len(real)} held-out images. Agreement: a classifier that no stage has seen.\n"
-        f"{out / 'report.json'} holds the table, {out / 'report.png'} its curves" + f", {out / 'comparison.png'} the pictures" * whole)
+        f"{out / 'report.json'} holds the table, {out / 'report.png'} its curves" + (f", {out / 'comparison.png'} the pictures" if whole else ""))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

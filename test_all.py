@@ -234,7 +234,7 @@ def test_defaults_are_the_papers():
     expected = dict(total_derivative=dict(method="jvp", delta=5e-3), mean_flow_loss=dict(derivative="jvp", delta=5e-3, gap_share=0.25, power=1),
                     mid_training_loss=dict(num_points=17, num_pairs=64, solver="euler"), solve_flow=dict(solver="euler"), sample=dict(steps=1))
     assert all(expected[f].items() <= defaults[f].items() for f in expected)
-    table = dict(clip=1, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25, power=1, nodes=17, solver="euler", reuse=1, guidance=1, delta=5e-3)
+    table = dict(clip=1, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25, power=1, nodes=17, solver="euler", guidance=1, delta=5e-3)
     assert table.items() <= train.DEFAULTS.items()
 
 

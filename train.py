@@ -49,8 +49,7 @@ from tqdm import tqdm
 
 import fid
 from dit import MODELS, DiTDH, infer_config
-from meanflow import (expand, flow_matching_loss, flow_matching_times, guided, mean_flow_loss, mean_flow_times, mid_training_loss, shift_time,
-                      solve_flow)
+from meanflow import (expand, flow_matching_loss, flow_matching_times, guided, mean_flow_loss, mean_flow_times, mid_training_loss, shift_time)
 from rae import (DECODERS, DINOV2, RAE, Decoder, Discriminator, Encoder, EncoderPretraining, LatentStatistics, Parser, PerceptualDistance,
                  ProcessLost, UserError, at_least, augment, center_crop, discriminator_loss, fetch, load_file, need, one_line, pick_device, rae_from,
                  random_crop, read_image, reading, reconstruction_loss, run_main, unpack_rae)
@@ -89,7 +88,8 @@ TOY_ALPHA = 2.5        # time shift of the toy, tried out: at 1 the classes are 
 TOY_START = dict(class_std=1.0, time_std=None)  # larger than the published 0.02, which learns classes too slowly for ten minutes
 DEFAULTS = dict(lr_end=None, decay="linear", decay_from=0.0, warmup=0.0, clip=1.0, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25, power=1.0,
                 perceptual=0.0, adversarial=0.0, discriminator_from=0.0, gan_from=0.0,
-                nodes=17, solver="euler", reuse=1, guidance=1.0, delta=5e-3)  # nodes of a teacher's trajectory in mid: 16 steps
+                nodes=17, solver="euler", guidance=1.0, delta=5e-3)  # nodes of a teacher's trajectory in mid: 16 steps
+ON_IMAGES = ("encoder", "rae")  # these stages train on images, the others on latents
 STARTS_FROM = {"mid": "flow", "distill": "mid", "bootstrap": "distill"}
 MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient end the run
 
@@ -198,6 +198,15 @@ def refuse_unreadable(bad, total):
                         f"{' ...' if len(bad) > 20 else ''}; remove or replace them")
 
 
+def name_unreadable(bad, named, total, say):
+    """Name those of the unreadable files `bad` that are not in `named` yet; all processes stop, or none. -> all known so far."""
+    bad = everyones(bad)
+    for name in sorted(bad - named):
+        say(f"--data: skipped {name}: cannot be read")
+    refuse_unreadable(bad, total)
+    return bad
+
+
 def everyones(names):
     """The union of all processes' sets, so that all of them decide alike."""
     gathered = [names] * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -253,8 +262,6 @@ class Samples(Dataset):
     num_uniform: int = 2
     label_drop: float = 0.0
     gap_share: float = 0.25
-    batch_size: int = 1
-    reuse: int = 1                   # noise and label stay for so many steps, as mid's trajectories then do
 
     def __post_init__(self):
         self.stream, self.epoch = zlib.crc32(f"{self.stage} {self.seed}".encode()), None
@@ -269,9 +276,6 @@ class Samples(Dataset):
     def __getitem__(self, n):
         generator = torch.Generator().manual_seed((self.stream + n) % 2**32)
         drop, flip, which, *uniform = torch.rand(3 + self.num_uniform, generator=generator).unbind()
-        if self.reuse > 1:
-            generator.manual_seed((self.stream + n // (self.batch_size * self.reuse) * self.batch_size + n % self.batch_size) % 2**32)
-            drop, flip, which, *_ = torch.rand(3 + self.num_uniform, generator=generator).unbind()
         sample = dict(noise=torch.randn(self.noise_shape, generator=generator), uniform=torch.stack(uniform), bad="",
                       keep_gap=math.floor((n + 1) * self.gap_share) > math.floor(n * self.gap_share))
         if self.images is None:
@@ -335,7 +339,7 @@ def resolve(stage, args):
     """The stage's configuration: the table's row, then the flags that were given."""
     c = DEFAULTS | (TOY[stage] if args.toy else PAPER[stage] | (PAPER_512.get(stage, {}) if args.resolution >= 512 else {}))
     c["steps"] *= PHOTOGRAPHS if args.toy and args.data else 1
-    c |= {key: getattr(args, key) for key in ("batch_size", "steps", "lr", "perceptual", "adversarial", "nodes", "solver", "reuse", "guidance",
+    c |= {key: getattr(args, key) for key in ("batch_size", "steps", "lr", "perceptual", "adversarial", "nodes", "solver", "guidance",
                                              "gap_share", "power", "delta") if getattr(args, key) is not None}
     c |= dict(stage=stage, toy=args.toy, resolution=32 if args.toy else args.resolution, model=args.model or ("toy" if args.toy else "XL"))
     c |= {key: getattr(args, key) for key in ("seed", "data", "encoder", "init", "teacher", "rae", "derivative", "precision")}
@@ -373,11 +377,11 @@ def student_of(teacher):
     return student
 
 
-def build_autoencoder(stage, args, model, out, classes):
-    """Stages encoder and rae -> (module to train, RAE)."""
+def build_autoencoder(stage, args, c, out, classes):
+    """Stages encoder and rae -> (module to train, RAE or None, no teacher, no alpha, class names)."""
     if stage == "encoder":
         encoder = Encoder("toy", 32, channels=TOY_CHANNELS)
-        return EncoderPretraining(encoder, len(classes), 32 // encoder.grid), None
+        return EncoderPretraining(encoder, len(classes), 32 // encoder.grid), None, None, None, classes
     if args.toy:
         if not (out / "encoder.pt").exists():
             raise missing("encoder", "--out", out)
@@ -388,10 +392,10 @@ def build_autoencoder(stage, args, model, out, classes):
     else:
         encoder = Encoder(args.encoder or DINOV2, args.resolution, args.encoder_weights)
     size = encoder.config["image_size"]
-    decoder = Decoder(encoder.shape[0], encoder.grid, size // encoder.grid, **DECODERS[model])
-    if args.toy and model == "toy":  # its pretraining has trained such a decoder already, and ten minutes are short
+    decoder = Decoder(encoder.shape[0], encoder.grid, size // encoder.grid, **DECODERS[c["model"]])
+    if args.toy and c["model"] == "toy":  # its pretraining has trained such a decoder already, and ten minutes are short
         decoder.load_state_dict(pretraining.draw.state_dict())
-    return decoder, RAE(encoder.eval().requires_grad_(False), decoder)
+    return decoder, RAE(encoder.eval().requires_grad_(False), decoder), None, None, classes
 
 
 def build_flow(stage, args, c, out, classes):
@@ -422,19 +426,19 @@ def build_flow(stage, args, c, out, classes):
         raise missing("rae", "--rae", out)
     else:
         rae = rae_from(path, args.resolution, **options)
-    latent = rae.decoder.config["latent_dim"], rae.decoder.config["grid"]
+    channels, grid, _ = rae.latent_shape
     if trained is None:
         classes = content.get("classes") or classes or imagenet_names()
-        trained = DiTDH(input_size=latent[1], in_channels=latent[0], num_classes=len(classes), average_velocity=stage != "flow",
+        trained = DiTDH(input_size=grid, in_channels=channels, num_classes=len(classes), average_velocity=stage != "flow",
                         **TOY_START if args.toy else {}, **MODELS[c["model"]])
     elif not content.get("classes"):  # released weights
         classes = imagenet_names() if trained.num_classes == 1000 else [str(i) for i in range(trained.num_classes)]
     classes = content.get("classes") or classes
     for what, network in (("student", trained), ("teacher", teacher)):
-        if network is not None and (network.in_channels, network.input_size, network.num_classes) != (*latent, len(classes)):
+        if network is not None and (network.in_channels, network.input_size, network.num_classes) != (channels, grid, len(classes)):
             raise UserError(f"the {what} has {network.in_channels} channels, grid {network.input_size} and {network.num_classes} classes, but the RAE "
-                            f"and the data have {latent[0]}, {latent[1]} and {len(classes)}; check --init, --teacher, --rae and --data")
-    alpha = content.get("alpha") or (TOY_ALPHA if args.toy else (latent[0] * latent[1] ** 2 / 4096) ** 0.5)
+                            f"and the data have {channels}, {grid} and {len(classes)}; check --init, --teacher, --rae and --data")
+    alpha = content.get("alpha") or (TOY_ALPHA if args.toy else (channels * grid**2 / 4096) ** 0.5)
     return trained.requires_grad_(True), rae, teacher, alpha, tuple(classes)
 
 
@@ -548,6 +552,22 @@ def load_parts(state, path, parts):
                         "to start the stage anew, move it away") from None
 
 
+def resume(path, c, parts, listing, say):
+    """Take up a run where its checkpoint left it, if there is one.
+
+    -> (steps done, seconds, steps skipped, its packed RAE or None, the file that was used). Raises UserError.
+    """
+    state, used = newest(path, say)
+    if state is None:
+        return 0, 0.0, 0, None, path
+    start, seconds, skipped = progress_of(state, used, c)
+    if start < c["steps"]:
+        load_parts(state, used, parts)
+    if repr(state.get("listing")) != repr(listing):
+        say(f"--data: {one_line(state.get('listing'))} when this stage was started, {listing} now: from here on their order is another")
+    return start, seconds, skipped, state.get("rae"), used
+
+
 def cut_log(path, start):
     """End a log after the lines of step `start`: what comes later was not saved, and is done again."""
     kept = 0
@@ -586,8 +606,10 @@ def add_to_log(path, line, safely=False):
 class Recent:
     """The steps since the last line of the log. Their numbers stay on the device until it is written: nothing else waits for a GPU."""
 
-    def __init__(self, stage, skipped):
-        self.stage, self.skipped, self.in_a_row, self.steps = stage, skipped, 0, []
+    def __init__(self, stage, batch_size, seconds, skipped):
+        self.stage, self.batch_size, self.skipped, self.in_a_row, self.steps = stage, batch_size, skipped, 0, []
+        self.since = time.perf_counter()
+        self.start = self.since - seconds                           # as if the run had never been interrupted
 
     def add(self, step, values, times):
         """values: {name: tensor} with "loss" and "grad_norm"; times: (t, r) of each micro-batch, on the CPU, for steps that go wrong."""
@@ -595,7 +617,7 @@ class Recent:
         self.steps.append((step, torch.stack([v.float() for v in values.values()]), spread))
         self.names = [*values]
 
-    def line(self, say):
+    def line(self, lr, say):
         """-> the log's line for the last step, with the largest gradient norm and the skipped steps since the line before.
 
         Raises UserError after MAX_SKIPPED steps in a row that were skipped for want of a finite loss and gradient.
@@ -609,11 +631,25 @@ class Recent:
             self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
             lost.append(dict(step=step, **{name: str(value) for name, value in zip(self.names, row)}, **times))
             say(f"{self.stage}: skipped {json.dumps(lost[-1])}")
-            need(self.in_a_row < MAX_SKIPPED, f"{self.stage}: no finite loss and gradient in {MAX_SKIPPED} steps in a row, up to {step}; they changed no weight, "
-                 "and the last checkpoint is kept; give a smaller --lr or --precision fp32")
-        last = dict(step=self.steps[-1][0], **{name: value if math.isfinite(value) else None for name, value in zip(self.names, rows[-1])})
-        self.steps = []
-        return last | dict(grad_max=max(norms, default=None)) | (dict(skipped=lost) if lost else {})
+            need(self.in_a_row < MAX_SKIPPED, f"{self.stage}: no finite loss and gradient in {MAX_SKIPPED} steps in a row, up to {step}; "
+                 "they changed no weight, and the last checkpoint is kept; give a smaller --lr or --precision fp32")
+        line = dict(step=self.steps[-1][0])
+        line |= {name: value if math.isfinite(value) else None for name, value in zip(self.names, rows[-1])}
+        line["grad_max"] = max(norms, default=None)
+        if lost:
+            line["skipped"] = lost
+        now = time.perf_counter()
+        line |= dict(lr=lr, images_per_s=round(len(self.steps) * self.batch_size / (now - self.since), 1), seconds=round(now - self.start, 2))
+        if torch.cuda.is_initialized():
+            line["peak_GB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.steps, self.since = [], now
+        return line
+
+    def shown(self, line):
+        """What of it stands beside the progress bar."""
+        names = dict(loss="loss", mse="mse", grad="grad_norm", grad_max="grad_max")
+        shown = {name: "nan" if line[key] is None else f"{line[key]:.4g}" for name, key in names.items()}
+        return shown | dict(img_s=line["images_per_s"]) | (dict(skipped=self.skipped) if self.skipped else {})
 
 
 class Stop:
@@ -665,30 +701,55 @@ def lost_process(error):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One stage, from top to bottom
+# One stage, from top to bottom. Before it, what it shows and measures on the way.
+
+def draw(stage, ema, rae, encode, data, num_classes, alpha, c, device):
+    """The picture of a step: images above their reconstructions, or samples, a class a column -> (images (B, 3, S, S), images a row)."""
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=c["precision"] == "bf16"):
+        if stage in ON_IMAGES:
+            redraw = lambda x: ema.draw(ema.encoder(x)) if stage == "encoder" else ema(encode(x))
+            return originals_and(redraw, data.images, c["resolution"], device)
+        labels = (torch.arange(8) * max(1, num_classes // 8) % num_classes).repeat(4).to(device)                # (32,)
+        noise = noise_of(c["seed"], range(32), (ema.in_channels, ema.input_size, ema.input_size)).to(device)    # (32, C, G, G)
+        return generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha), 8
+
+
+def measure_latents(rae, encode, data, c, device, workers):
+    """The mean and variance of the latents of all images, over all processes, into the RAE: the last act of the stage rae."""
+    rank, world = fid.place()
+    statistics = LatentStatistics()
+    for z in in_batches(data.images, c["resolution"], device, encode, "statistics", workers, rank, world):
+        statistics.update(z)                                        # (B, C, G, G)
+    rae.mean, rae.var = statistics.mean_and_variance()              # 2 x (C, G, G)
+
+
+def open_scorer(args, c):
+    """What --eval_every asks for, or None. A reference that does not fit is refused before the first step."""
+    if not args.eval_every:
+        return None
+    scorer = fid.Scorer(args.ref, args.eval_features, args.eval_weights, args.device)
+    fid.check_count(args.eval_num, scorer.extractor.dims, "--eval_num")
+    need(scorer.reference.size in (None, (c["resolution"],) * 2),
+         f"--ref {args.ref}: images of {scorer.reference.size}, samples of {c['resolution']}; give a reference of that size")
+    return scorer
+
 
 def train(stage, args, data, stop):
+    """One stage, up to its last step or a signal. data: None for mid, which needs none. stop: a Stop."""
     rank, world = fid.place()
-    device, out, save_to = torch.device(args.device), Path(args.out), Path(args.save_to)
+    device, path = torch.device(args.device), Path(args.save_to) / f"{stage}.pt"
     say = (lambda text: tqdm.write(text, file=sys.stderr)) if rank == 0 else (lambda text: None)
     c = resolve(stage, args)
+    need(c["batch_size"] % world == 0, f"--batch_size {c['batch_size']}: cannot be divided among {world} processes; give a multiple of {world}")
     share = c["batch_size"] // world                                # samples of a step on this process
     micro = min(args.micro_batch or share, share)                   # of these, so many at a time
-    if c["batch_size"] % world:
-        raise UserError(f"--batch_size {c['batch_size']}: cannot be divided among {world} processes; give a multiple of {world}")
-    if share % micro:
-        raise UserError(f"--micro_batch {micro}: does not divide the {share} samples of each process")
+    need(share % micro == 0, f"--micro_batch {micro}: does not divide the {share} samples of each process")
 
     # Networks. A random start is a function of (seed, stage).
     torch.manual_seed(zlib.crc32(f"{stage} {args.seed} start".encode()))
-    teacher = alpha = None
-    if stage in ("encoder", "rae"):
-        classes = data.classes
-        trained, rae = build_autoencoder(stage, args, c["model"], out, classes)
-        noise_shape = (rae or trained).encoder.shape
-    else:
-        trained, rae, teacher, alpha, classes = build_flow(stage, args, c, out, data and data.classes)
-        noise_shape = (trained.in_channels, trained.input_size, trained.input_size)
+    build = build_autoencoder if stage in ON_IMAGES else build_flow
+    trained, rae, teacher, alpha, classes = build(stage, args, c, Path(args.out), data and data.classes)
+    latent_shape = (trained.in_channels, trained.input_size, trained.input_size) if alpha else (rae or trained).encoder.shape
     trained.to(device).train()
     ema = copy.deepcopy(trained).requires_grad_(False).eval()
     rae, teacher = (net if net is None else net.to(device) for net in (rae, teacher))
@@ -709,31 +770,22 @@ def train(stage, args, data, stop):
     parts |= dict(discriminator=discriminator.heads, d_optimizer=d_optimizer) if discriminator else {}
 
     # Resume
-    path, listing, start, elapsed, skipped = save_to / f"{stage}.pt", data.listing if data else "", 0, 0.0, 0
-    state, used = newest(path, say)
-    if state is not None:
-        start, elapsed, skipped = progress_of(state, used, c)
-        if start >= c["steps"]:
-            return say(f"{path}: complete, {start} steps")
-        load_parts(state, used, parts)
-        if stage not in ("encoder", "rae"):
-            rae = unpack_rae(state.get("rae"), stage != "mid", args.encoder_weights, used).to(device)
-            need((rae.decoder.config["latent_dim"], *[rae.decoder.config["grid"]] * 2) == tuple(noise_shape), f"{used}: its RAE has latents of another shape")
-        if repr(state.get("listing")) != repr(listing):
-            say(f"--data: {one_line(state.get('listing'))} when this stage was started, {listing} now: from here on their order is another")
-    del state
+    listing = data.listing if data else ""
+    start, seconds, skipped, packed, used = resume(path, c, parts, listing, say)
+    if start >= c["steps"]:
+        return say(f"{path}: complete, {start} steps")
+    if start and stage not in ON_IMAGES:                            # the RAE that it was started with
+        rae = unpack_rae(packed, stage != "mid", args.encoder_weights, used).to(device)
+        need(rae.latent_shape == latent_shape, f"{used}: its RAE has latents of another shape")
     need(len(everyones({(start, listing)})) == 1,                   # before the first one writes
          f"{path}, --data {args.data}: not the same on all processes; --out and --data must be folders that all of them see")
     say(json.dumps(dict(c, parameters=sum(p.numel() for p in weights), start=start, world=world, micro_batch=micro)))
     if rank == 0:
         open_log(path, used, start, dict(config=c, start=start, command=sys.argv, torch=torch.__version__))
     wandb_run = start_wandb(args, c) if args.wandb and rank == 0 else None
-    scorer = fid.Scorer(args.ref, args.eval_features, args.eval_weights, args.device) if args.eval_every else None
-    if scorer:
-        fid.check_count(args.eval_num, scorer.extractor.dims, "--eval_num")
-        if scorer.reference.size not in (None, (c["resolution"],) * 2):
-            raise UserError(f"--ref {args.ref}: images of {scorer.reference.size}, samples of {c['resolution']}; give a reference of that size")
+    scorer = open_scorer(args, c)
 
+    # Networks as the losses call them
     in_precision = partial(evaluated, device=device.type, precision=c["precision"])
     wrapped, d_wrapped = torch.compile(trained) if args.compile else trained, discriminator
     if world > 1:
@@ -747,21 +799,20 @@ def train(stage, args, data, stop):
 
     # Samples
     images = None if stage == "mid" else data.images
-    if stage not in ("encoder", "rae") and torch.is_tensor(images):
+    if stage not in ON_IMAGES and torch.is_tensor(images):          # in memory: encoded once
         if data.latents is None:
             data.latents = torch.cat([z.cpu() for z in in_batches(images, c["resolution"], device, encode, "encode")])
         images = data.latents                                       # (N, C, G, G)
-    samples = Samples(stage, args.seed, images, data and labels_among(classes, data), len(classes), c["resolution"], tuple(noise_shape),
-                      dict(mid=c.get("pairs"), rae=13).get(stage, 2), 0.0 if stage in ("encoder", "rae") else c["label_drop"], c["gap_share"],
-                      c["batch_size"], c["reuse"] if stage == "mid" else 1)
+    samples = Samples(stage, args.seed, images, data and labels_among(classes, data), len(classes), c["resolution"], latent_shape,
+                      num_uniform=dict(mid=c.get("pairs"), rae=13).get(stage, 2), gap_share=c["gap_share"],
+                      label_drop=0.0 if stage in ON_IMAGES else c["label_drop"])
     numbers = (range(first, first + micro) for step in range(start, c["steps"]) for first in
                range(step * c["batch_size"] + rank * share, step * c["batch_size"] + (rank + 1) * share, micro))
     workers = args.workers if isinstance(images, list) else 0
     batches = iter(DataLoader(samples, batch_sampler=numbers, num_workers=workers, worker_init_fn=deaf, pin_memory=device.type == "cuda",
                               prefetch_factor=4 if workers else None))
 
-    recent, ending, solved, bad, named, step = Recent(stage, skipped), 0, {}, set(), set(), start
-    clock, logged = time.perf_counter(), (start, time.perf_counter())
+    recent, step, ending, bad, named = Recent(stage, c["batch_size"], seconds, skipped), start, 0, set(), set()
     bar = tqdm(total=c["steps"], initial=start, desc=stage, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10)
     while step < c["steps"] and not ending:
         judged, opposed = (discriminator and step >= c[key] * c["steps"] for key in ("discriminator_from", "gan_from"))
@@ -778,32 +829,32 @@ def train(stage, args, data, stop):
             if stage != "mid":
                 x = batch["x"].to(device, non_blocking=True)
                 if x.dtype == torch.uint8:
-                    x = x.float() / 255                                                         # (B, 3, S, S)
-                if stage not in ("encoder", "rae") and images is not data.latents:
-                    x = encode(x)                                                               # (B, C, G, G)
+                    x = x.float() / 255                                                             # (B, 3, S, S)
+                if stage not in ON_IMAGES and images is not data.latents:
+                    x = encode(x)                                                                   # (B, C, G, G)
             if stage == "encoder":
                 loss, metrics = student(x, y, noise, c["noise"])
             elif stage == "rae":
                 uniform = batch["uniform"].to(device)                                               # (B, 13): crop 0 1, noise level 2, augment 3..
                 decoded = student(encode(x) + c["noise"] * uniform[:, 2].view(-1, 1, 1, 1) * noise) # (B, 3, S, S), from latents not yet normalised
                 judge = lambda images: in_precision(discriminator.eval())(augment(images, uniform[:, 3:8]))
-                loss, metrics = reconstruction_loss(decoded, x, perceptual, c["perceptual"], judge if opposed else None, c["adversarial"], trained.head.weight)
+                loss, metrics = reconstruction_loss(decoded, x, perceptual, c["perceptual"], judge if opposed else None, c["adversarial"],
+                                                    trained.head.weight)
             elif stage == "flow":
                 t = r = flow_matching_times(batch["uniform"][:, 0], alpha)                          # (B,) on the CPU
                 loss, metrics = flow_matching_loss(student, x, y, alpha, t, noise)
             elif stage == "mid":
                 pairs = (batch["uniform"] * (c["nodes"] * (c["nodes"] - 1) // 2)).long()            # (B, pairs)
                 t, r = shift_time(1 - torch.triu_indices(c["nodes"], c["nodes"], 1)[:, pairs] / (c["nodes"] - 1), alpha)    # (B, pairs), for the log
-                if step % c["reuse"] == 0 or first not in solved:
-                    solved[first] = solve_flow(teacher, noise, y, c["nodes"] - 1, alpha, c["solver"])
-                loss, metrics = mid_training_loss(student, teacher, noise, y, alpha, c["nodes"], pairs=pairs, trajectory=solved[first])
+                loss, metrics = mid_training_loss(student, teacher, noise, y, alpha, c["nodes"], pairs=pairs, solver=c["solver"])
             else:
                 t, r = mean_flow_times(batch["uniform"].T, batch["keep_gap"], alpha)                # (B,), (B,) on the CPU
                 loss, metrics = mean_flow_loss(student, x, y, alpha, teacher if stage == "distill" else None, args.derivative,
                                                c["delta"], t, r, noise, power=c["power"])
             (loss * micro / share).backward()
             if judged:
-                d_loss, d_metrics = discriminator_loss(in_precision(d_wrapped.train()), augment(x, uniform[:, 8:13]), augment(decoded.detach(), uniform[:, 3:8]))
+                d_loss, d_metrics = discriminator_loss(in_precision(d_wrapped.train()), augment(x, uniform[:, 8:13]),
+                                                       augment(decoded.detach(), uniform[:, 3:8]))
                 (d_loss * micro / share).backward()
                 metrics |= d_metrics
             for key, value in (("loss", loss.detach()), *metrics.items()):
@@ -829,58 +880,39 @@ def train(stage, args, data, stop):
         step += 1
         bar.update()
 
+        # Log, save, draw, score: in this order, so that no score costs a checkpoint
         recent.add(step, dict(zip([*totals, "grad_norm"], values)), times)
         ending, last = stop.agreed(), step == c["steps"]
         scoring = scorer and not ending and (last or step % args.eval_every == 0)
         saving = last or scoring or ending or step % args.save_every == 0
         if saving or step % args.log_every == 0 or step == 1:
-            now, line = time.perf_counter(), recent.line(say)
-            line |= dict(lr=learning_rate(step - 1, c), images_per_s=round((step - logged[0]) * c["batch_size"] / (now - logged[1]), 1),
-                         seconds=round(elapsed + now - clock, 2))
-            logged = step, now
-            if device.type == "cuda":
-                line["peak_GB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            if isinstance(images, list):                            # all processes stop, or none
-                bad = everyones(bad)
-                for name in sorted(bad - named):
-                    say(f"--data: skipped {name}: cannot be read")
-                named = bad
-                refuse_unreadable(bad, len(images))
-            shown = {name: "nan" if line[key] is None else f"{line[key]:.4g}" for name, key in dict(loss="loss", mse="mse", grad="grad_norm", grad_max="grad_max").items()}
-            bar.set_postfix(shown | dict(img_s=line["images_per_s"]) | (dict(skipped=recent.skipped) if recent.skipped else {}), refresh=False)
+            line = recent.line(learning_rate(step - 1, c), say)
+            if isinstance(images, list):
+                named = name_unreadable(bad, named, len(images), say)
+            bar.set_postfix(recent.shown(line), refresh=False)
             if rank == 0:
                 add_to_log(path, line, safely=saving)
             if wandb_run:
                 wandb_run.log(line, step=step)
-
         if saving:
-            if stage == "rae" and last:  # the statistics of the latents are part of what this stage makes
-                statistics = LatentStatistics()
-                for z in in_batches(data.images, c["resolution"], device, encode, "statistics", workers, rank, world):
-                    statistics.update(z)
-                rae.mean, rae.var = statistics.mean_and_variance()
+            if stage == "rae" and last:
+                measure_latents(rae, encode, data, c, device, workers)
                 rae.decoder, data.latents = ema, None
             if args.shard and world > 1:
                 optimizer.consolidate_state_dict(to=0)
             if rank == 0:
-                content = dict(stage=stage, step=step, seconds=elapsed + time.perf_counter() - clock, skipped=recent.skipped, listing=listing, config=c,
+                content = dict(stage=stage, step=step, seconds=time.perf_counter() - recent.start, skipped=recent.skipped, listing=listing, config=c,
                                classes=classes, alpha=alpha, random=dict(seed=args.seed, next_sample=step * c["batch_size"]))
                 content |= {name: part.state_dict() for name, part in parts.items()}
                 if stage != "encoder" and (stage != "rae" or last):
                     content["rae"] = rae.packed()
                 save(content, path)
         if rank == 0 and (last or step % args.sample_every == 0):
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=c["precision"] == "bf16"):
-                if stage in ("encoder", "rae"):
-                    redraw = lambda x: ema.draw(ema.encoder(x)) if stage == "encoder" else ema(encode(x))
-                    pictures, columns = originals_and(redraw, data.images, c["resolution"], device)
-                else:  # a class a column
-                    labels = (torch.arange(8) * max(1, len(classes) // 8) % len(classes)).repeat(4).to(device)
-                    noise = noise_of(args.seed, range(32), noise_shape).to(device)
-                    pictures, columns = generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha), 8
-            save_grid(to_uint8(pictures.float()).cpu(), save_to / f"{stage}.{step:06d}.png", columns)
-        if scoring:                                                 # the checkpoint is saved
-            scores = scorer(images_to_score(ema, rae, args, len(classes), alpha, device, rank, world), torch.arange(args.eval_num) % len(classes))
+            pictures, columns = draw(stage, ema, rae, encode if rae else None, data, len(classes), alpha, c, device)
+            save_grid(to_uint8(pictures.float()).cpu(), path.with_suffix(f".{step:06d}.png"), columns)
+        if scoring:
+            made = images_to_score(ema, rae, args, len(classes), alpha, device, rank, world)
+            scores = scorer(made, torch.arange(args.eval_num) % len(classes))
             if rank == 0:
                 say(f"{stage}, step {step}: {json.dumps(scores)}")
                 add_to_log(path, dict(step=step, scores=scores))
@@ -889,7 +921,7 @@ def train(stage, args, data, stop):
         say(f"{stage}: {signal.Signals(ending).name}, saved at step {step}; the same command goes on")
         raise SystemExit(128 + ending)
     if world > 1:
-        dist.barrier()  # the next stage reads what the first process has just written
+        dist.barrier()                                              # the next stage reads what the first process has just written
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1083,7 +1115,6 @@ def build_parser():
     how.add_argument("--power", metavar="X", type=non_negative, help="of the adaptive weighting: 1 is log L, 0 the plain squared error (default 1; toy 0)")
     how.add_argument("--nodes", metavar="N", type=at_least(3), help="points of a teacher's trajectory in mid (default 17)")
     how.add_argument("--solver", choices=("euler", "heun"), help="of these trajectories; heun evaluates the teacher twice a step (default euler)")
-    how.add_argument("--reuse", metavar="N", type=at_least(1), help="steps of mid that use the same trajectories, with new pairs (default 1)")
     how.add_argument("--guidance", metavar="X", type=non_negative, help="classifier-free guidance of the teacher in mid and distill (default 1: none)")
     how.add_argument("--perceptual", metavar="X", type=non_negative, help="weight of LPIPS in the stage rae (default 1; 0 leaves it out)")
     how.add_argument("--adversarial", metavar="X", type=non_negative, help="weight of the adversarial loss in the stage rae (default 0.75; 0 leaves it out)")
