@@ -942,6 +942,72 @@ def run(*command, folder=HERE, env=None):
     return done.returncode, done.stdout + done.stderr
 
 
+SERVER = """
+import json, os, sys, traceback, torch
+torch.set_num_threads(1)
+import fid, rae, sample, train
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" in job:
+        answer = os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])
+    elif (answer := os.fork()) == 0:
+        os.environ.update(job["environment"])
+        script, *arguments = job["arguments"]
+        sys.argv, code = [script, *arguments], 0
+        os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        try:
+            exec(job["fault"])
+            rae.run_main(dict(fid=fid, rae=rae, sample=sample, train=train)[script[:-3]].main)
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(answer, flush=True)
+"""
+
+
+class Forks:
+    """Commands as forks of a process that has imported the scripts, so that they start at once; `fault` is Python run before one."""
+
+    def __init__(self, folder):
+        self.output, self.ports = folder / "output.txt", iter(range(20_000 + os.getpid() % 20_000, 60_000))
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE,
+                                       env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+    def ask(self, **job):
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, arguments, world=1, faults=("", ""), script="train.py"):
+        """-> process numbers, one for each rank."""
+        self.output.write_text("")
+        port = next(self.ports)
+        ranks = [{} if world == 1 else dict(WORLD_SIZE=world, RANK=r, LOCAL_RANK=r, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(world)]
+        return [self.ask(arguments=[script, *map(str, arguments)], output=str(self.output), fault=fault, environment={k: str(v) for k, v in rank.items()})
+                for rank, fault in zip(ranks, faults)]
+
+    def wait(self, pids):
+        return [self.ask(wait=pid) for pid in pids]
+
+    def run(self, *arguments, world=1, faults=("", ""), script="train.py"):
+        """-> (exit status of each rank, what they wrote, less the configuration)."""
+        status = self.wait(self.start(arguments, world, faults, script))
+        return status, [line for line in re.split("[\r\n]+", self.output.read_text()) if line.strip() and not line.startswith("{") and "%|" not in line]
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.server.kill()
+
+
 TINY = ("--batch_size", 8, "--steps", 4, "--precision", "fp32", "--device", "cpu", "--save_every", 2, "--log_every", 1)
 
 
@@ -1049,23 +1115,18 @@ def test_steps_are_evaluations_of_the_network(trained, tmp_path, monkeypatch):
         assert seen == [2] * steps
 
 
-def test_micro_batches_and_processes_follow_the_same_loss(photographs, trained, tmp_path):
+def test_micro_batches_and_processes_follow_the_same_loss(forks, photographs, trained, tmp_path):
     """Same draws per sample, sums in another order: relative tolerance 1e-4 over four steps in float32."""
-    def go(job):
-        stage, launcher, extra = job
-        out = tmp_path / f"{stage}_{launcher}{len(extra)}"
+    jobs = [(stage, 2, ()) for stage in ("encoder", "flow", "mid", "distill", "bootstrap")] + [(stage, 1, ("--micro_batch", 2)) for stage in ("mid", "distill")]
+    for stage, world, extra in jobs:
+        out = tmp_path / f"{stage}{world}"
         out.mkdir()
         copy_inputs(trained, out, *[s for s in train.TOY if s != stage])
-        start = ("torchrun", "--standalone", "--nproc_per_node=2") if launcher == "torchrun" else ()
-        status, output = run(*start, "train.py", "--toy", "--data", photographs, "--out", out, "--stage", stage, *TINY, *extra)
-        assert status == 0, output
-        return stage, losses(out, stage)
-    jobs = [(stage, "torchrun", ()) for stage in ("encoder", "flow", "mid", "distill", "bootstrap")] + [(s, "python", ("--micro_batch", 2)) for s in ("mid", "distill")]
-    with ThreadPoolExecutor(2) as pool:
-        for stage, got in pool.map(go, jobs):
-            for step, values in losses(trained, stage).items():
-                tolerance = 1e-2 if stage == "encoder" else 1e-4  # its loss has the root of a mean over the process's share of the batch
-                assert got[step] == pytest.approx(values, rel=tolerance), (stage, step)
+        status, lines = forks.run("--toy", "--data", photographs, "--out", out, "--stage", stage, *TINY, *extra, world=world)
+        assert status == [0] * world, lines
+        for step, values in losses(trained, stage).items():
+            tolerance = 1e-2 if stage == "encoder" else 1e-4  # its loss has the root of a mean over the process's share of the batch
+            assert losses(out, stage)[step] == pytest.approx(values, rel=tolerance), (stage, step)
 
 
 RANDOM = [part for name in ("encoder", "vgg", "lpips", "dino") for part in (f"--{name}_weights", "random")]
@@ -1117,13 +1178,12 @@ def test_a_released_teacher_knows_imagenets_classes_by_name(photographs, trained
         in_process(monkeypatch, *released, "--stage", "distill", "--data", photographs, "--init", tmp_path / "mid.pt", "--rae", tmp_path / "rae.pt", "--out", tmp_path / "b")
 
 
-def test_two_processes_share_the_decoders_optimiser_and_agree_on_statistics_and_on_bad_files(photographs, tmp_path, monkeypatch):
+def test_two_processes_share_the_decoders_optimiser_and_agree_on_statistics_and_on_bad_files(forks, photographs, tmp_path, monkeypatch):
     """Losses to 1e-4, statistics of the latents to 1e-6; the sharded optimiser's checkpoint is a plain one."""
     paper = ("--data", photographs, "--resolution", 32, "--model", "toy", *TINY, "--workers", 1, "--stage", "rae", "--encoder", TINY_VIT, *RANDOM, "--adversarial", 0, "--perceptual", 0)
     in_process(monkeypatch, *paper, "--out", tmp_path / "one")
-    two = ("torchrun", "--standalone", "--nproc_per_node=2", "train.py")
-    status, output = run(*two, *paper, "--shard", "--out", tmp_path / "two")
-    assert status == 0, output
+    status, lines = forks.run(*paper, "--shard", "--out", tmp_path / "two", world=2)
+    assert status == [0, 0], lines
     for step, values in losses(tmp_path / "one", "rae").items():
         assert losses(tmp_path / "two", "rae")[step] == pytest.approx(values, rel=1e-4)
     one, shared = (rae.load_file(tmp_path / out / "rae.pt") for out in ("one", "two"))
@@ -1140,9 +1200,9 @@ def test_two_processes_share_the_decoders_optimiser_and_agree_on_statistics_and_
     folder = tmp_path / "photographs"
     shutil.copytree(photographs, folder)
     (folder / "0" / "notes.jpg").write_text("not a picture")
-    status, output = run(*two, *paper, "--data", folder, "--out", tmp_path / "three", "--steps", 30)
-    lines = [line for line in re.split("[\r\n]+", output) if line.startswith("train.py: ")]
-    assert status != 0 and len(lines) == 1 and "1 of 61 images cannot be read" in lines[0] and "notes.jpg" in lines[0], output
+    status, output = forks.run(*paper, "--data", folder, "--out", tmp_path / "three", "--steps", 30, world=2)
+    lines = [line for line in output if line.startswith("train.py: ")]
+    assert status == [2, 2] and len(lines) == 1 and "1 of 61 images cannot be read" in lines[0] and "notes.jpg" in lines[0], output
 
 
 def test_published_form_has_the_gradient_of_ours():
@@ -1240,11 +1300,11 @@ def test_sample_stopped_and_run_again_gives_the_same_bytes_without_repeating_wor
     assert (go("grid"), go("grid"), go("grid", "--steps", 2)) == (11, 0, 11)
 
 
-def test_sample_of_two_processes(trained, tmp_path):
-    command = ("sample.py", "--ckpt", trained / "mid.pt", "--num", 9, "--batch_size", 2, "--device", "cpu")
-    for status, output in (run(*command, "--npz", tmp_path / "1.npz", "--out", tmp_path / "1"),
-                           run("torchrun", "--standalone", "--nproc_per_node=2", "--", *command, "--npz", tmp_path / "2.npz", "--out", tmp_path / "2.png")):
-        assert status == 0, output
+def test_sample_of_two_processes(forks, trained, tmp_path):
+    command = ("--ckpt", trained / "mid.pt", "--num", 9, "--batch_size", 2, "--device", "cpu")
+    for world, out in ((1, tmp_path / "1"), (2, tmp_path / "2.png")):
+        status, lines = forks.run(*command, "--npz", tmp_path / f"{world}.npz", "--out", out, world=world, script="sample.py")
+        assert status == [0] * world, lines
     one, two = (np.load(tmp_path / f"{n}.npz") for n in (1, 2))
     assert np.array_equal(one["arr_1"], two["arr_1"]) and np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
     assert len(list((tmp_path / "1").iterdir())) == 9 and (tmp_path / "2.png").exists() and not list(tmp_path.glob("*.partial"))
@@ -1343,10 +1403,9 @@ def test_bad_input_ends_in_one_line(photographs, trained, tmp_path, monkeypatch,
         assert status == 2 and len(output.splitlines()) == 1 and output.startswith(f"{command[0]}: "), output
 
 
-def test_batch_that_the_processes_do_not_divide(photographs, tmp_path):
-    status, output = run("torchrun", "--standalone", "--nproc_per_node=2", "train.py", "--toy", "--stage", "encoder", "--data", photographs, "--out", tmp_path, "--batch_size", 7)
-    lines = [line for line in output.splitlines() if line.startswith("train.py: ")]
-    assert status != 0 and lines == ["train.py: --batch_size 7: cannot be divided among 2 processes; give a multiple of 2"], output
+def test_batch_that_the_processes_do_not_divide(forks, photographs, tmp_path):
+    status, lines = forks.run("--toy", "--stage", "encoder", "--data", photographs, "--out", tmp_path, "--batch_size", 7, world=2)
+    assert status == [2, 2] and lines == ["train.py: --batch_size 7: cannot be divided among 2 processes; give a multiple of 2"]
 
 
 def test_help_has_a_line_for_each_flag_and_ends_in_examples(monkeypatch, capsys):
@@ -1361,81 +1420,19 @@ def test_help_has_a_line_for_each_flag_and_ends_in_examples(monkeypatch, capsys)
         assert len(text.split("examples:")[1].strip().splitlines()) >= 4 and f"python {name}" in text.split("examples:")[1]
 
 
-def test_reconstruction_command(photographs, trained, tmp_path):
+def test_reconstruction_command(forks, photographs, trained, tmp_path):
     status, output = run(HERE / "rae.py", photographs / "0" / "0.jpg", "--rae", trained / "rae.pt", folder=tmp_path)
     assert status == 0 and "PSNR" in output and (tmp_path / "reconstruction.png").exists()
-    status, output = run(HERE / "rae.py", photographs, "--rae", trained / "rae.pt", "--out", tmp_path / "pairs", "--batch_size", 25)
-    assert status == 0 and len([*(tmp_path / "pairs" / "reconstructions").iterdir()]) == len([*(tmp_path / "pairs" / "originals").iterdir()]) == 60
+    status, lines = forks.run(photographs, "--rae", trained / "rae.pt", "--out", tmp_path / "pairs", "--batch_size", 25, script="rae.py")
+    output = "\n".join(lines)
+    assert status == [0] and len([*(tmp_path / "pairs" / "reconstructions").iterdir()]) == len([*(tmp_path / "pairs" / "originals").iterdir()]) == 60
     a, b = (np.stack([np.asarray(Image.open(p), float) / 255 for p in sorted((tmp_path / "pairs" / f).iterdir())]) for f in ("reconstructions", "originals"))
     assert f"PSNR {np.mean(-10 * np.log10(((a - b) ** 2).mean((1, 2, 3)))):.2f} dB, SSIM" in output and "rFID: python fid.py" in output
 
 
 # --- faults: what a run survives --------------------------------------------------------------------------------------
 
-SERVER = """
-import json, os, sys, traceback, torch
-torch.set_num_threads(1)
-import rae, train
-for line in sys.stdin:
-    job = json.loads(line)
-    if "wait" in job:
-        answer = os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])
-    elif (answer := os.fork()) == 0:
-        os.environ.update(job["environment"])
-        sys.argv, code = ["train.py", *job["arguments"]], 0
-        os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-        os.dup2(1, 2)
-        try:
-            exec(job["fault"])
-            rae.run_main(train.main)
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(answer, flush=True)
-"""
 AT_STEP = "real, done = train.learning_rate, []\ndef at(step, c):\n    if step == %d and not done:\n        done.append(1)\n        %s\n    return real(step, c)\ntrain.learning_rate = at"
-
-
-class Forks:
-    """Runs of train.py as forks of a process that has imported it, so that a run starts at once; `fault` is Python run before it."""
-
-    def __init__(self, folder):
-        self.output, self.ports = folder / "output.txt", iter(range(20_000 + os.getpid() % 20_000, 60_000))
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-
-    def ask(self, **job):
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def start(self, arguments, world=1, faults=("", "")):
-        """-> process numbers, one for each rank."""
-        self.output.write_text("")
-        port = next(self.ports)
-        ranks = [{} if world == 1 else dict(WORLD_SIZE=world, RANK=r, LOCAL_RANK=r, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(world)]
-        return [self.ask(arguments=[str(a) for a in arguments], output=str(self.output), fault=fault, environment={k: str(v) for k, v in rank.items()})
-                for rank, fault in zip(ranks, faults)]
-
-    def wait(self, pids):
-        return [self.ask(wait=pid) for pid in pids]
-
-    def run(self, *arguments, world=1, faults=("", "")):
-        """-> (exit status of each rank, what they wrote, less the configuration)."""
-        status = self.wait(self.start(arguments, world, faults))
-        return status, [line for line in re.split("[\r\n]+", self.output.read_text()) if line.strip() and not line.startswith("{") and "%|" not in line]
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.server.kill()
 
 
 def wait_for(condition):
@@ -1950,14 +1947,14 @@ def test_fid_refusals(fid_files, quick, capsys, monkeypatch, args, message):
     assert stop.value.code == 2 and error.count("\n") == 1 and message in error
 
 
-def test_fid_of_two_processes_is_fid_of_one(tmp_path, quick, capsys):
-    """A command, statistics and the scorer, all under one torchrun, with shares that are not equal."""
+def test_fid_of_two_processes_is_fid_of_one(forks, tmp_path, quick, capsys):
+    """A command, statistics and the scorer, all in one run, with shares that are not equal."""
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "a.npz", rng.integers(0, 256, (25, 8, 8, 3), dtype=np.uint8), rng.integers(0, 5, 25))
     np.savez(tmp_path / "b.npz", rng.integers(0, 200, (31, 8, 8, 3), dtype=np.uint8))
-    (tmp_path / "two.py").write_text("""
-import json, numpy as np, torch
-import fid
+    commands = f"""
+import numpy as np
+os.chdir({str(tmp_path)!r})
 means = lambda x: x.float().mean((2, 3))
 extract = lambda x: dict(pool=means(x), spatial=means(x).roll(1, 1), logits=means(x) / 50)
 fid.make_extractor = lambda *args: fid.Extractor(extract, "inception-test", "none", 3)
@@ -1968,11 +1965,13 @@ scores = fid.Scorer("b.npz")(torch.from_numpy(data["arr_0"]).permute(0, 3, 1, 2)
 assert (scores is None) == (rank == 1)
 if rank == 0:
     print(json.dumps(scores))
-""")
+sys.stdout.flush()
+os._exit(0)
+"""
     one = json.loads(*fid_run(tmp_path, capsys, "a.npz", "b.npz", "--json"))
-    status, output = run("torchrun", "--standalone", "--nproc_per_node=2", tmp_path / "two.py", folder=tmp_path)
-    assert status == 0, output
-    both = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    status, _ = forks.run(world=2, faults=[commands] * 2, script="fid.py")
+    assert status == [0, 0], forks.output.read_text()
+    both = [json.loads(line) for line in forks.output.read_text().splitlines() if line.startswith("{")]
     for got in both:
         for key in ("fid", "sfid", "inception_score", "inception_score_all", "precision", "recall"):
             assert got[key] == pytest.approx(one[key], rel=1e-9), key

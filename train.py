@@ -218,7 +218,7 @@ def everyones(names):
 def load_data(args):
     """The toy's pictures or a folder's photographs, in memory at 32 x 32; for ImageNet the list of its files."""
     if args.toy and not args.data:
-        pictures = [make_toy_images(num, seed) for num, seed in ((300 if args.dry_run else 20_000, args.seed), (2_000, args.seed + 1))]
+        pictures = [make_toy_images(num, seed) for num, seed in ((300 if args.dry_run else 20_000, args.seed), (300 if args.dry_run else 2_000, args.seed + 1))]
         images, held_out = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x, _ in pictures)   # (N, 3, 32, 32)
         return Data(images, torch.from_numpy(pictures[0][1]), TOY_CLASSES, held_out=(held_out, torch.from_numpy(pictures[1][1])))
     if not args.data:
