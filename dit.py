@@ -9,8 +9,8 @@ least as wide as the latent has channels, reads the same latent again and writes
 
     python dit.py       # parameters and multiply-accumulates of every size at every resolution
 
-Shapes: B images, C latent channels, H x W latent grid (square), N = H * W tokens, D width (encoder or head),
-K heads, M = 4/3 D or 8/3 D hidden units.
+Shapes: B images, C latent channels, G x G = N tokens, D width (of the encoder or of the head), K heads, M = 8/3 D hidden
+units. Modules and weights have the names that they have in the published checkpoints.
 """
 import torch
 import torch.nn as nn
@@ -43,8 +43,8 @@ class RotaryPositions(nn.Module):
     def __init__(self, head_dim, grid):
         super().__init__()
         frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
-        angle = (torch.arange(grid).float()[:, None] * frequency).repeat_interleave(2, dim=1)   # (H, head_dim / 2)
-        angle = torch.cat([angle[:, None].expand(grid, grid, -1), angle[None].expand(grid, grid, -1)], dim=2)
+        angle = (torch.arange(grid).float()[:, None] * frequency).repeat_interleave(2, dim=1)   # (G, head_dim / 2)
+        angle = torch.cat([angle[:, None].expand(grid, grid, -1), angle[None].expand(grid, grid, -1)], dim=2)   # (G, G, head_dim)
         self.register_buffer("freqs_cos", angle.cos().flatten(0, 1))                            # (N, head_dim)
         self.register_buffer("freqs_sin", angle.sin().flatten(0, 1))
 
@@ -60,10 +60,10 @@ class RotaryPositions(nn.Module):
 class TimeEmbedding(nn.Module):
     """Gaussian Fourier features of a time in [0, 1], then two linear layers: (B,) -> (B, D)."""
 
-    def __init__(self, hidden_size, num_frequencies=256):
+    def __init__(self, hidden_size):
         super().__init__()
-        self.register_buffer("W", torch.randn(num_frequencies))  # drawn once, never trained, saved with the weights
-        self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.register_buffer("W", torch.randn(256))  # frequencies, drawn once, never trained, saved with the weights
+        self.mlp = nn.Sequential(nn.Linear(2 * 256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
         angle = 2 * torch.pi * t[:, None] * self.W                                              # (B, 256)
@@ -85,6 +85,8 @@ class ClassEmbedding(nn.Module):
 # The block
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2)) times a weight a channel: (..., D) -> (..., D)."""
+
     def __init__(self, dim, eps=1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
@@ -95,6 +97,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Every token looks at every token: (B, N, D) -> (B, N, D)."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -109,6 +113,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """Two layers whose hidden units are gated: (B, N, D) -> (B, N, D)."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.w12 = nn.Linear(dim, 2 * hidden)
@@ -120,6 +126,7 @@ class SwiGLU(nn.Module):
 
 
 def modulate(x, shift, scale):
+    """x (B, N, D); shift and scale (B, 1, D) or (B, N, D)."""
     return x.to(scale.dtype) * (1 + scale) + shift
 
 
@@ -130,16 +137,18 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
         self.attn = Attention(dim, num_heads)
-        self.mlp = SwiGLU(dim, int(2 / 3 * 4 * dim))
+        self.mlp = SwiGLU(dim, int(2 / 3 * 4 * dim))  # three matrices that cost what the usual two of 4 D would
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c, rotary):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)    # 6 x (B, 1 or N, D)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rotary)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
+    """From the head's width to latent channels, again shifted and scaled by the condition."""
+
     def __init__(self, dim, out_channels):
         super().__init__()
         self.norm_final = RMSNorm(dim)
@@ -159,10 +168,10 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, 1)
 
     def forward(self, z):
-        return F.linear(z.flatten(2).transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (B, C, H, W) -> (B, N, D)
+        return F.linear(z.flatten(2).transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (B, C, G, G) -> (B, N, D)
 
 
-def run(block, *inputs, checkpointing=False):
+def run_block(block, *inputs, checkpointing=False):
     """block(*inputs). With checkpointing its activations are not kept for the backward pass but computed again there."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -180,10 +189,12 @@ class DiTDH(nn.Module):
     """
     checkpointing = False  # True: blocks' activations are computed twice instead of kept
 
-    def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, num_classes, average_velocity=False, class_std=0.02, time_std=0.02):
+    def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, num_classes, average_velocity=False,
+                 class_std=0.02, time_std=0.02):
         super().__init__()
         width, head_width = hidden_size
-        self.input_size, self.in_channels, self.num_classes, self.num_encoder_blocks = input_size, in_channels, num_classes, depth[0]
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.num_encoder_blocks = depth[0]
         self.register_buffer("pos_embed", sincos_positions(width, input_size)[None])            # (1, N, D)
         self.x_embedder = PatchEmbedding(in_channels, head_width)
         self.s_embedder = PatchEmbedding(in_channels, width)
@@ -216,30 +227,32 @@ class DiTDH(nn.Module):
             nn.init.zeros_(self.r_embedder.mlp[2].weight)
 
     def forward(self, z, t, y, r=None):
-        """z (B, C, H, W), times t and r (B,) in [0, 1] with r <= t, labels y (B,) in 0..num_classes -> (B, C, H, W)."""
+        """z (B, C, G, G), times t and r (B,) in [0, 1] with r <= t, labels y (B,) in 0..num_classes -> (B, C, G, G)."""
         time = self.t_embedder(t)                                                               # (B, D)
         if self.r_embedder is not None:
             time = time + self.r_embedder(t - r)
-        c = F.silu(time + self.y_embedder(y))[:, None]                                          # (B, 1, D)
+        c = F.silu(time + self.y_embedder(y))[:, None]                                          # (B, 1, D); SiLU once more in each block
         encoder, head = self.blocks[:self.num_encoder_blocks], self.blocks[self.num_encoder_blocks:]
 
         s = self.s_embedder(z) + self.pos_embed                                                 # (B, N, D)
         for block in encoder:
-            s = run(block, s, c, self.enc_feat_rope, checkpointing=self.checkpointing)
+            s = run_block(block, s, c, self.enc_feat_rope, checkpointing=self.checkpointing)
         s = self.s_projector(F.silu(s + time[:, None]))                                         # (B, N, D of the head)
 
         x = self.x_embedder(z)                                                                  # (B, N, D of the head)
         for block in head:
-            x = run(block, x, s, self.dec_feat_rope, checkpointing=self.checkpointing)
+            x = run_block(block, x, s, self.dec_feat_rope, checkpointing=self.checkpointing)
         x = self.final_layer(x, s)                                                              # (B, N, C)
-        return x.transpose(1, 2).unflatten(2, z.shape[2:])                                      # (B, C, H, W)
+        return x.transpose(1, 2).unflatten(2, z.shape[2:])                                      # (B, C, G, G)
 
 
 def infer_config(state):
     """The arguments of DiTDH that a state dict in the published layout was made with, read off its shapes."""
     width, head_width = len(state["s_embedder.proj.bias"]), len(state["x_embedder.proj.bias"])
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})  # a count: a number in a key may be any
-    head_depth = sum(len(state[f"blocks.{i}.norm1.weight"]) == head_width for i in range(depth)) if width != head_width else 2
+    head_depth = 2  # of all sizes here; where the head is wider than the encoder, its blocks can be counted
+    if width != head_width:
+        head_depth = sum(len(state[f"blocks.{i}.norm1.weight"]) == head_width for i in range(depth))
     return dict(input_size=round(state["pos_embed"].shape[1] ** 0.5), in_channels=state["x_embedder.proj.weight"].shape[1],
                 hidden_size=(width, head_width), depth=(depth - head_depth, head_depth),
                 num_heads=(width // state["enc_feat_rope.freqs_cos"].shape[1], head_width // state["dec_feat_rope.freqs_cos"].shape[1]),

@@ -7,13 +7,17 @@ file's own. Nothing here knows what an image, a network or a GPU is: models are 
 
 The direction, everywhere:  t = 1 is noise, t = 0 is data, and r <= t.
 
-    z_t = (1 - t) x + t e                   x data, e Gaussian noise                            z: the latent at time t
-    v(z, t, y) = dz/dt, on average e - x    velocity: the teacher's output                      y: class labels
-    u(z, t, y, r) = (z_t - z_r) / (t - r)   average velocity on [r, t]: the student's output, and u(z, t, y, t) = v
+    x data,  e Gaussian noise,  y class label
+    z_t = (1 - t) x + t e                   the latent at time t
+    v(z, t, y) = dz/dt, on average e - x    velocity: the teacher's output
+    u(z, t, y, r) = (z_t - z_r) / (t - r)   average velocity on [r, t]: the student's output; u(z, t, y, t) = v(z, t, y)
     x = z_1 - u(z_1, 1, y, 0)               one step from noise to data
 """
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+WEIGHT_EPS = 1e-3  # added to the squared error of a latent, so that its log and 1 / L^p stay finite
 
 
 def expand(t, z):
@@ -25,8 +29,13 @@ def expand(t, z):
 # Times. More latent dimensions need more noise to hide the same image, so all times are pushed towards 1 (noise).
 
 def shift_time(t, alpha):
-    """E1: t' = alpha t / (1 + (alpha - 1) t), with alpha = sqrt(C H W / 4096): 6.93 for ImageNet 256, 13.86 for 512."""
+    """E1: t' = alpha t / (1 + (alpha - 1) t)."""
     return alpha * t / (1 + (alpha - 1) * t)
+
+
+def alpha_of(channels, grid):
+    """The paper's alpha, sqrt(C G G / 4096): 6.93 for ImageNet 256 (768 channels, grid 16), 13.86 for 512."""
+    return (channels * grid**2 / 4096) ** 0.5
 
 
 def flow_matching_times(uniform, alpha):
@@ -51,8 +60,8 @@ def flow_matching_loss(model, x, y, alpha, t=None, noise=None):
     """
     noise = torch.randn_like(x) if noise is None else noise
     t = flow_matching_times(torch.rand(len(x), dtype=x.dtype), alpha) if t is None else t
-    t = t.to(x)
-    z = (1 - expand(t, x)) * x + expand(t, x) * noise
+    t = t.to(x, non_blocking=True)
+    z = (1 - expand(t, x)) * x + expand(t, x) * noise                                           # (B, ...)
     loss = (model(z, t, y) - (noise - x)).square().mean()
     return loss, {"mse": loss.detach()}
 
@@ -64,8 +73,8 @@ def solve_flow(v, noise, y, steps, alpha, solver="euler", last_only=False):
     Euler evaluates v once a step, Heun twice. Returns (trajectory, times): (steps + 1, B, ...), or (1, B, ...) with
     last_only, and (steps + 1,), both from noise to data; the last time is exactly 0.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
+    if steps < 1 or solver not in ("euler", "heun"):
+        raise ValueError(f"steps must be at least 1 and solver 'euler' or 'heun', not {steps} and {solver!r}")
     times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).to(noise)
     z, trajectory = noise, [noise]
     for t, t_next in zip(times[:-1], times[1:]):
@@ -74,7 +83,9 @@ def solve_flow(v, noise, y, steps, alpha, solver="euler", last_only=False):
             ahead = v(z + (t_next - t) * velocity, t_next.expand(len(z)), y).to(z.dtype)
             velocity = (velocity + ahead) / 2
         z = z + (t_next - t) * velocity
-        trajectory = [z] if last_only else trajectory + [z]
+        if last_only:
+            trajectory.clear()
+        trajectory.append(z)
     return torch.stack(trajectory), times
 
 
@@ -102,11 +113,11 @@ def mid_training_loss(student, teacher, noise, y, alpha, num_points=17, num_pair
     nodes = torch.triu_indices(num_points, num_points, offset=1, device=noise.device)           # (2, P (P - 1) / 2)
     if pairs is None:
         pairs = torch.randint(nodes.shape[1], (len(noise), num_pairs), device=noise.device)
-    start, end = nodes[:, pairs.to(noise.device)]                                               # 2 x (B, M): t > r
+    start, end = nodes[:, pairs.to(noise.device, non_blocking=True)]                            # 2 x (B, pairs): t > r
     row = torch.arange(len(noise), device=noise.device)[:, None]                                # (B, 1)
-    z_t, z_r = (trajectory[node, row].flatten(0, 1) for node in (start, end))                   # 2 x (B M, ...)
-    t, r = times[start].flatten(), times[end].flatten()                                         # 2 x (B M,)
-    y = y.repeat_interleave(start.shape[1])                                                     # (B M,)
+    z_t, z_r = (trajectory[node, row].flatten(0, 1) for node in (start, end))                   # 2 x (B * pairs, ...)
+    t, r = times[start].flatten(), times[end].flatten()                                         # 2 x (B * pairs,)
+    y = y.repeat_interleave(start.shape[1])                                                     # (B * pairs,)
     loss = (student(z_t, t, y, r) - (z_t - z_r) / expand(t - r, z_t)).square().mean()
     return loss, {"mse": loss.detach()}
 
@@ -117,10 +128,11 @@ def mid_training_loss(student, teacher, noise, y, alpha, num_points=17, num_pair
 
 @torch.no_grad()
 def total_derivative(u, z, t, r, y, v, method="jvp", delta=5e-3):
-    """du/dt = v du/dz + du/dt at fixed r, along the velocity v: (B, ...) like z, without a graph.
+    """du/dt = v ∂u/∂z + ∂u/∂t: the total derivative along the flow dz/dt = v, with r fixed. (B, ...) like z, without a graph.
 
     "jvp" is exact: one forward pass that carries tangents. Fused attention has no forward mode, hence the math backend.
-    "fd" is the central difference over t +- delta, of second order in delta: two plain passes, fused attention stays.
+    "fd" is the central difference over t +- delta, of second order in delta: two plain passes, fused attention stays. Its
+    t + delta may lie above 1 and its t - delta below r; u is evaluated there all the same.
     """
     if method == "jvp":
         dz_dt, dt_dt, dr_dt = v.to(z.dtype), torch.ones_like(t), torch.zeros_like(r)
@@ -134,28 +146,29 @@ def total_derivative(u, z, t, r, y, v, method="jvp", delta=5e-3):
 
 
 def mean_flow_loss(student, x, y, alpha, teacher=None, derivative="jvp", delta=5e-3, t=None, r=None, noise=None, gap_share=0.25, power=1.0):
-    """E5: mean over samples of log L, L = |u(z_t, t, y, r) - stopgrad(v - (t - r) du/dt)|^2 summed over a latent.
+    """E5: mean over samples of log L, L = |u(z_t, t, y, r) - stopgrad(v - (t - r) du/dt)|^2 + 0.001, summed over a latent.
 
     v is teacher(z_t, t, y) (MeanFlow distillation) or, without a teacher, the one-point estimate e - x (MeanFlow
     training). log L has the gradient of the paper's adaptive weighting 1 / L^p with p = 1; another `power` p gives
-    L^(1 - p) / (1 - p). Where r = t the target is v alone, and no derivative is computed. Of times not given, a share
-    gap_share has r < t.
+    L^(1 - p) / (1 - p). At p = 0 that is a plain squared error, but summed over a latent where E2 and E4 average: it and
+    its gradient are as many times larger as a latent has entries. Where r = t the target is v alone, and no derivative is
+    computed. Of times not given, a share gap_share has r < t; given ones are best left on the CPU.
     Returns (loss, metrics); metrics["mse"] is the raw mean squared error before weighting.
     """
     noise = torch.randn_like(x) if noise is None else noise
     if t is None:
         t, r = mean_flow_times(torch.rand(2, len(x), dtype=x.dtype), torch.rand(len(x)) < gap_share, alpha)
-    gap = (r < t).nonzero()[:, 0].to(x.device)                                                  # no sync if t, r are on the CPU
-    t, r = t.to(x), r.to(x)
-    z = (1 - expand(t, x)) * x + expand(t, x) * noise
+    gap = (r < t).nonzero()[:, 0].to(x.device, non_blocking=True)                               # on a GPU, nonzero() would wait for it
+    t, r = t.to(x, non_blocking=True), r.to(x, non_blocking=True)
+    z = (1 - expand(t, x)) * x + expand(t, x) * noise                                           # (B, ...)
     with torch.no_grad():
         target = noise - x if teacher is None else teacher(z, t, y).to(x.dtype)                 # v, (B, ...)
         if len(gap):
             du_dt = total_derivative(student, z[gap], t[gap], r[gap], y[gap], target[gap], derivative, delta)
             target = target.index_add(0, gap, expand((r - t)[gap], x) * du_dt)
     error = (student(z, t, y, r) - target).square().flatten(1)                                  # (B, C H W)
-    weighted = error.sum(1) + 1e-3                                                              # (B,)
-    loss = (weighted.log() if power == 1 else weighted ** (1 - power) / (1 - power)).mean()
+    total = error.sum(1) + WEIGHT_EPS                                                           # L, (B,)
+    loss = (total.log() if power == 1 else total ** (1 - power) / (1 - power)).mean()
     return loss, {"mse": error.detach().mean()}
 
 
@@ -179,7 +192,7 @@ class MLP(torch.nn.Module):
     def __init__(self, width=128, depth=5):
         super().__init__()
         self.register_buffer("frequencies", torch.pi * torch.tensor([0.5, 1, 2]))              # without waves, the edges blur
-        self.first = torch.nn.Linear(15, width)
+        self.first = torch.nn.Linear(2 + 1 + 6 + 6, width)                                      # z, t, sines and cosines of z
         self.gap = torch.nn.Linear(1, width, bias=False)
         torch.nn.init.zeros_(self.gap.weight)                                                   # a new student's u is its teacher's v
         hidden = [layer for _ in range(depth - 1) for layer in (torch.nn.Linear(width, width), torch.nn.SiLU())]

@@ -36,7 +36,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from dit import MODELS, DiTDH, count, run, sincos_positions
+from dit import MODELS, DiTDH, count, run_block, sincos_positions
 
 IMAGENET_MEAN, IMAGENET_STD = ((torch.tensor(c).view(3, 1, 1)) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 DINOV2 = "vit_base_patch14_reg4_dinov2.lvd142m"
@@ -47,93 +47,46 @@ DECODERS = {
     "L": dict(hidden_size=1024, depth=24, num_heads=16, mlp_hidden=4096),
     "XL": dict(hidden_size=1152, depth=28, num_heads=16, mlp_hidden=4096),
 }
-MEANFLOW_GMACS = 118.6, 311.1  # MeanFlow XL/2 (675.4M) and the SD-VAE's decoder (49.5M) at 256, all matrix products and convolutions
-LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
-LPIPS_FILE = "lpips-vgg-a78928a0.pth"  # ends in the first digits of its sha256, which the download is held against
-HUB = "nyu-visionx/RAE-collections"  # Hugging Face repository of the published weights, and where each file lies in it
-HUB_REVISION = "main"  # a commit hash pins it; which one could not be looked up without a network
-HUB_FILES = {
-    256: dict(decoder="decoders/dinov2/wReg_base/ViTXL_n08/model.pt", statistics="stats/dinov2/wReg_base/imagenet1k/stat.pt",
-              teacher="DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt"),
-    512: dict(decoder="decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt", statistics="stats/dinov2/wReg_base/imagenet1k_512/stat.pt",
-              teacher="DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt"),
-}
-
-
-class UserError(ValueError):
-    """Something the user can mend: its text is one line that names the file or flag, and it is all that is printed."""
-
-
-class ProcessLost(UserError):
-    """Another process is dead or hung. Every process that is left says so: the first one may be the one that is gone."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Its help has one line a flag; a mistake is a UserError."""
-
-    def __init__(self, **options):
-        super().__init__(**dict(formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=140)) | options)
-
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
-def at_least(minimum, most=10**12):
-    """The type of a flag: a whole number of at least `minimum`, and at most `most`: more is a slip, and would fill the memory."""
-    def parse(text):
-        if text.isdecimal() and (len(text) > 15 or int(text) > most):
-            raise argparse.ArgumentTypeError(f"must be at most {most}")
-        if not text.isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
-        return int(text)
-    return parse
-
-
-def pick_device(name):
-    """What --device names, or a GPU if there is one, or the CPU. Raises UserError where torch has no such device."""
-    try:
-        number = torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        number.item()  # the device "meta" holds none
-        return str(number.device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name}: not to be had ({one_line(error)}); leave the flag out to use what there is") from None
-
-
-def run_main(main):
-    """Run a script's main(): what a user can mend ends it in one line (of the first process only) and exit status 2."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        advice = "; give a smaller --batch_size or, to train.py, --micro_batch and --checkpointing" * isinstance(error, torch.OutOfMemoryError)
-        line = f"{Path(sys.argv[0]).name}: {one_line(error)[:2000] if advice else error}{advice}"
-        line = " ".join(line.splitlines())  # a name may hold a line break
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessLost):
-            tqdm.write(line, file=sys.stderr)  # a line of its own, also while a progress bar is shown
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun ends with a report of its own: let it name the reason too
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
-                json.dumps({"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}))
-        sys.exit(2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Encoder
 
-class ConvStem(nn.Module):
-    """Patch embedding of the toy's encoder: three strided convolutions learn edges sooner than one 8 x 8 patch does."""
+class Encoder(nn.Module):
+    """Frozen timm vision transformer: images -> one vector a patch, layer-normalised without affine parameters.
 
-    def __init__(self, img_size, patch_size, in_chans, embed_dim, **unused):
+    name: any timm ViT (DINOv2, DINOv3, SigLIP2, MAE ...), with weights from its hub, from a local file `weights` or
+    "random"; or "toy", a small ViT for 32 x 32 images whose weights come with our checkpoint. image_size: side of the
+    images it is given, a multiple of 16. They are resized so that one patch covers 16 pixels: 256 -> 224 for a patch of
+    14. Channels, patch, normalisation of pixels and the number of tokens to leave out are read from the network.
+    """
+
+    def __init__(self, name=DINOV2, image_size=256, weights=None, channels=96):
         super().__init__()
-        self.grid_size = (img_size // patch_size,) * 2
-        self.num_patches = self.grid_size[0] ** 2
-        layers = []
-        for before, after in ((in_chans, 32), (32, 64), (64, embed_dim)):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
-        self.net = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        if name == "toy":
+            self.net = VisionTransformer(img_size=image_size, patch_size=image_size // 4, embed_dim=channels, depth=4, num_heads=4,
+                                         num_classes=0, class_token=False, global_pool="", embed_layer=ConvStem)
+            self.input_size = image_size
+        else:
+            self.input_size = image_size // 16 * patch_size_of(name)
+            self.net = timm_network(name, weights, "--encoder_weights", img_size=self.input_size)
+            self.net.reset_classifier(0)
+            mean, std = (torch.tensor(self.net.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
+        channels = self.net.embed_dim
+        self.net.norm = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
+        self.grid = self.net.patch_embed.grid_size[0]
+        self.shape = (channels, self.grid, self.grid)
+        self.config = dict(name=name, image_size=image_size, channels=channels) | (dict(weights="random") if weights == "random" else {})
 
     def forward(self, images):
-        return self.net(images).flatten(2).transpose(1, 2)                                      # (B, 3, S, S) -> (B, N, C)
+        x = (images - self.pixel_mean) / self.pixel_std
+        if x.shape[-1] != self.input_size:                                                      # (B, 3, S, S) -> 224 of 256 pixels
+            x = F.interpolate(x, (self.input_size, self.input_size), mode="bicubic", align_corners=False)
+        x = self.net.forward_features(x)[:, self.net.num_prefix_tokens:]                        # (B, N, C)
+        return x.transpose(1, 2).unflatten(2, (self.grid, self.grid)).float()                   # (B, C, G, G)
 
 
 def timm_network(name, weights, flag, **options):
@@ -167,7 +120,7 @@ def patch_size_of(name):
     """Patch side in pixels of a vision transformer of timm; UserError where `name` is none."""
     if not known_to_timm(name):
         near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0.5)
-        raise UserError(f"--encoder {name}: no model of timm" + f"; near it: {', '.join(near)}" * bool(near))
+        raise UserError(f"--encoder {name}: no model of timm" + (f"; near it: {', '.join(near)}" if near else ""))
     with reading(f"--encoder {name}", "timm cannot make it"), torch.device("meta"):
         net = timm.create_model(name)
     need(isinstance(getattr(net, "num_prefix_tokens", None), int) and hasattr(net, "patch_embed"),
@@ -175,41 +128,20 @@ def patch_size_of(name):
     return net.patch_embed.patch_size[0]
 
 
-class Encoder(nn.Module):
-    """Frozen timm vision transformer: images -> one vector a patch, layer-normalised without affine parameters.
+class ConvStem(nn.Module):
+    """Patch embedding of the toy's encoder: three strided convolutions learn edges sooner than one 8 x 8 patch does."""
 
-    name: any timm ViT (DINOv2, DINOv3, SigLIP2, MAE ...), with weights from its hub, from a local file `weights` or
-    "random"; or "toy", a small ViT for 32 x 32 images whose weights come with our checkpoint. image_size: side of the
-    images it is given, a multiple of 16. They are resized so that one patch covers 16 pixels: 256 -> 224 for a patch of
-    14. Channels, patch, normalisation of pixels and the number of tokens to leave out are read from the network.
-    """
-
-    def __init__(self, name=DINOV2, image_size=256, weights=None, channels=96):
+    def __init__(self, img_size, patch_size, in_chans, embed_dim, **unused):
         super().__init__()
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-        if name == "toy":
-            self.net = VisionTransformer(img_size=image_size, patch_size=image_size // 4, embed_dim=channels, depth=4, num_heads=4,
-                                         num_classes=0, class_token=False, global_pool="", embed_layer=ConvStem)
-            self.input_size = image_size
-        else:
-            self.input_size = image_size // 16 * patch_size_of(name)
-            self.net = timm_network(name, weights, "--encoder_weights", img_size=self.input_size)
-            self.net.reset_classifier(0)
-            mean, std = (torch.tensor(self.net.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-        self.register_buffer("pixel_mean", mean, persistent=False)
-        self.register_buffer("pixel_std", std, persistent=False)
-        channels = self.net.embed_dim
-        self.net.norm = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
-        self.grid = self.net.patch_embed.grid_size[0]
-        self.shape = (channels, self.grid, self.grid)
-        self.config = dict(name=name, image_size=image_size, channels=channels) | (dict(weights="random") if weights == "random" else {})
+        self.grid_size = (img_size // patch_size,) * 2
+        self.num_patches = self.grid_size[0] ** 2
+        layers = []
+        for before, after in ((in_chans, 32), (32, 64), (64, embed_dim)):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
+        self.net = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
 
     def forward(self, images):
-        x = (images - self.pixel_mean) / self.pixel_std                                         # (B, 3, S, S)
-        if x.shape[-1] != self.input_size:
-            x = F.interpolate(x, (self.input_size, self.input_size), mode="bicubic", align_corners=False)
-        x = self.net.forward_features(x)[:, self.net.num_prefix_tokens:]                        # (B, N, C)
-        return x.transpose(1, 2).unflatten(2, (self.grid, self.grid)).float()                   # (B, C, G, G)
+        return self.net(images).flatten(2).transpose(1, 2)                                      # (B, 3, S, S) -> (B, N, C)
 
 
 class EncoderPretraining(nn.Module):
@@ -226,7 +158,10 @@ class EncoderPretraining(nn.Module):
         self.draw = Decoder(encoder.shape[0], encoder.grid, patch_size, **DECODERS["toy"])
 
     def forward(self, images, labels, noise, noise_level, pixel_weight=10.0):
-        """images (B, 3, S, S), labels (B,), noise (B, C, G, G) on the tokens -> (loss, {"mse": of pixels, "accuracy"})."""
+        """images (B, 3, S, S), labels (B,), noise (B, C, G, G) on the tokens -> (loss, {"mse": of pixels, "accuracy"}).
+
+        Pixels count by their root mean square, whose gradient does not fade as they get better; its weight was tried out.
+        """
         z = self.encoder(images) + noise_level * noise                                          # (B, C, G, G)
         scores = self.classify(z.mean((2, 3)))                                                  # (B, classes)
         mse = (self.draw(z) - images).square().mean()
@@ -258,16 +193,16 @@ class Decoder(nn.Module):
         positions = sincos_positions(hidden_size, grid)[None]                                   # (1, N, D)
         self.register_buffer("pos_embed", torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1))
         norm = partial(nn.LayerNorm, eps=1e-12)
-        self.blocks = nn.Sequential(*[Block(hidden_size, num_heads, mlp_ratio=(mlp_hidden + 0.5) / hidden_size, qkv_bias=True,
-                                            norm_layer=norm) for _ in range(depth)])
+        ratio = (mlp_hidden + 0.5) / hidden_size                                                # timm multiplies, and cuts off
+        self.blocks = nn.Sequential(*[Block(hidden_size, num_heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
         self.norm = norm(hidden_size)
         self.head = nn.Linear(hidden_size, 3 * patch_size**2)
 
     def forward(self, z):
         x = self.embed(z.flatten(2).transpose(1, 2))                                            # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed   # (B, 1 + N, D)
         for block in self.blocks:
-            x = run(block, x, checkpointing=self.checkpointing)                                 # (B, 1 + N, D)
+            x = run_block(block, x, checkpointing=self.checkpointing)
         x = self.head(self.norm(x))[:, 1:]                                                      # (B, N, 3 P P)
         x = unpatchify(x.float() if x.dtype == torch.bfloat16 else x, self.patch_size)          # (B, 3, S, S)
         return x * IMAGENET_STD.to(x) + IMAGENET_MEAN.to(x)
@@ -276,8 +211,9 @@ class Decoder(nn.Module):
 def infer_decoder(state):
     """The arguments of Decoder that its state dict was made with, read off its shapes: all but num_heads."""
     hidden, channels = state["embed.weight"].shape
-    return dict(latent_dim=channels, grid=round((state["pos_embed"].shape[1] - 1) ** 0.5), patch_size=round((len(state["head.bias"]) / 3) ** 0.5),
-                hidden_size=hidden, depth=sum(key.endswith("norm1.weight") for key in state), mlp_hidden=len(state["blocks.0.mlp.fc1.bias"]))
+    grid, patch_size = round((state["pos_embed"].shape[1] - 1) ** 0.5), round((len(state["head.bias"]) / 3) ** 0.5)
+    depth, mlp_hidden = sum(key.endswith("norm1.weight") for key in state), len(state["blocks.0.mlp.fc1.bias"])
+    return dict(latent_dim=channels, grid=grid, patch_size=patch_size, hidden_size=hidden, depth=depth, mlp_hidden=mlp_hidden)
 
 
 def convert_decoder(published, path="this file"):
@@ -384,12 +320,13 @@ def augment(images, uniform):
     return x[torch.arange(len(x), device=x.device)[:, None, None], :, row[:, :, None], column[:, None]].permute(0, 3, 1, 2)  # (B, 3, S, S)
 
 
-def reconstruction_loss(reconstruction, images, perceptual=None, perceptual_weight=1.0, discriminator=None, adversarial_weight=0.75, last_layer=None):
+def reconstruction_loss(reconstruction, images, perceptual=None, perceptual_weight=1.0, discriminator=None, adversarial_weight=0.75,
+                        last_layer=None):
     """L1 + perceptual_weight LPIPS + adversarial_weight w GAN, of reconstruction and images (B, 3, S, S) in [0, 1].
 
     perceptual(a, b) -> (B,); discriminator(reconstruction) -> logits, and GAN is their mean, negated. w makes both
-    sides pull equally: the ratio of the norms of their gradients at the decoder's last_layer, at most 1e4. All of these
-    gradients go through the reconstruction, so each network is differentiated once, up to it.
+    sides pull equally: the ratio of the norms of their gradients at the decoder's last_layer, at most 1e4; of several
+    processes or micro-batches each has its own.
     Returns (loss, metrics); metrics: "mse", "psnr" (dB), "l1" and, of the parts in use, "lpips", "gan", "gan_weight".
     """
     mse, l1 = (reconstruction - images).square().mean().detach(), (reconstruction - images).abs().mean()
@@ -400,11 +337,13 @@ def reconstruction_loss(reconstruction, images, perceptual=None, perceptual_weig
     if discriminator is None:
         return loss, metrics
     gan = -discriminator(reconstruction).mean()
+    # d loss / d decoder = (d loss / d image) (d image / d decoder). The first factor of both terms is taken once, here at the
+    # image; `pull` then has the gradient of the whole loss, and the last line gives it the loss's value.
     pulls = [torch.autograd.grad(term, reconstruction)[0] for term in (loss, gan)]              # 2 x (B, 3, S, S)
     norms = [torch.autograd.grad(reconstruction, last_layer, pull, retain_graph=True)[0].norm() for pull in pulls]
     weight = adversarial_weight * (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
-    pull = (reconstruction * (pulls[0] + weight * pulls[1])).sum()                              # has the gradient of the loss,
-    loss = (loss + weight * gan).detach() + pull - pull.detach()                                # and this also its value
+    pull = (reconstruction * (pulls[0] + weight * pulls[1])).sum()
+    loss = (loss + weight * gan).detach() + pull - pull.detach()
     return loss, metrics | {"gan": gan.detach(), "gan_weight": weight}
 
 
@@ -416,14 +355,20 @@ def discriminator_loss(discriminator, images, reconstruction):
 
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004; Gaussian window of 11, sigma 1.5) of images (B, 3, S, S) in [0, 1] -> (B,)."""
-    line = torch.exp(-(torch.arange(11, device=a.device) - 5.0) ** 2 / (2 * 1.5**2))
+    """Structural similarity (Wang et al. 2004) of images (B, 3, S, S) in [0, 1], S >= 11 -> (B,).
+
+    Gaussian window of 11, sigma 1.5, wholly inside the image; each colour alone, averaged. In float64: variances are
+    differences of near numbers.
+    """
+    a, b = a.double(), b.double()
+    line = torch.exp(-(torch.arange(11, device=a.device) - 5.0) ** 2 / (2 * 1.5**2)).double()
     window = (line[:, None] * line / line.sum() ** 2)[None, None]                               # (1, 1, 11, 11)
-    blur = lambda x: F.conv2d(x.flatten(0, 1)[:, None], window)                                 # (3 B, 1, S - 10, S - 10)
+    blur = lambda x: F.conv2d(x.flatten(0, 1)[:, None], window)                                 # (B, 3, S, S) -> (3 B, 1, S - 10, S - 10)
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b, covariance = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
-    similarity = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2) * (2 * covariance + 0.03**2) / (var_a + var_b + 0.03**2)
-    return similarity.mean((1, 2, 3)).view(-1, 3).mean(1)
+    luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+    structure = (2 * covariance + 0.03**2) / (var_a + var_b + 0.03**2)
+    return (luminance * structure).view(len(a), -1).mean(1).float()                             # (B,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -449,7 +394,10 @@ class LatentStatistics:
 
 
 class RAE(nn.Module):
-    """encode: images -> normalised latents; decode: back. mean, var: (C, G, G) or None (mean 0; without var, no scaling)."""
+    """encode: images -> normalised latents; decode: back. mean, var: (C, G, G) or None (mean 0; without var, no scaling).
+
+    1e-5 under the root is the published RAE's.
+    """
 
     def __init__(self, encoder, decoder, mean=None, var=None):
         super().__init__()
@@ -499,7 +447,8 @@ def unpack_rae(packed, with_encoder=False, encoder_weights=None, path="this chec
         shape = (config["latent_dim"], config["grid"], config["grid"])
         encoder = dict(name=given["name"], image_size=config["grid"] * config["patch_size"], channels=shape[0])
         encoder |= dict(weights="random") if "weights" in given else {}
-        need(encoder["name"] == "toy" or known_to_timm(encoder["name"]), f"{path}: its encoder {one_line(encoder['name'])} is no model of timm")
+        need(encoder["name"] == "toy" or known_to_timm(encoder["name"]),
+             f"{path}: its encoder {one_line(encoder['name'])} is no model of timm")
         need(encoder == given, f"{path}: its encoder {one_line(given)} is not that of its decoder, {encoder}")
         need(type(num_heads) is int and num_heads > 0, f"{path}: num_heads of its decoder is {one_line(num_heads)}; make or fetch it again")
         with torch.device("meta"):
@@ -511,129 +460,6 @@ def unpack_rae(packed, with_encoder=False, encoder_weights=None, path="this chec
         rae.encoder = Encoder(encoder["name"], encoder["image_size"], encoder_weights or encoder.get("weights"))
         need(rae.encoder.shape == shape, f"{path}: its decoder takes latents {shape}, but {encoder['name']} gives {rae.encoder.shape}")
     return rae.eval().requires_grad_(False)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: whatever is wrong with one ends in one line that names it
-
-def one_line(error):
-    """An exception, or anything else that may be long, in at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def need(condition, message):
-    """How files and flags are refused: "what: what is wrong; what to do"."""
-    if not condition:
-        raise UserError(" ".join(message.split()))
-
-
-@contextmanager
-def reading(path, what):
-    """Whatever a damaged file makes its reader raise (PIL, zipfile, torch and numpy have dozens of kinds) becomes one line that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
-    except Exception as error:
-        kind, detail = type(error).__name__, one_line(error).split(". ")[0]  # a first sentence is enough
-        raise UserError(f"{path}: {what} ({kind}{f': {detail}' * (detail != kind)}); make or fetch it again") from None
-
-
-def load_file(path):
-    """torch.load of a checkpoint, on the CPU, tensors and plain containers only. Raises UserError naming the file.
-
-    torch.load ignores the checksums in a file of its own, and would take a tensor with a flipped byte: they are checked first.
-    """
-    with reading(path, "not a readable checkpoint, or cut short"):
-        need(stat.S_ISREG(os.stat(path).st_mode), f"{path}: is a folder, a pipe or a device, not a checkpoint file")  # a pipe might never end
-        if zipfile.is_zipfile(path):  # else it may be of torch's old format, which has no checksums
-            with zipfile.ZipFile(path) as archive:
-                need(archive.testzip() is None, f"{path}: is damaged, it does not match its own checksums; make or fetch it again")
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def load_weights(path, content=None):
-    """State dict of a file that holds it bare or under "ema" / "model", with or without wrappers' prefixes."""
-    content = load_file(path) if content is None else content
-    state = next((content[key] for key in ("ema", "model") if content.get(key) is not None), content) if isinstance(content, dict) else content
-    need(isinstance(state, dict), f"{path}: holds no state dict, but {type(state).__name__}")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state.items() if value is not None}
-
-
-def plain(x):
-    """Whether x is a tensor of real numbers in memory, as weights are: a file may also hold sparse, quantised or empty ones."""
-    return torch.is_tensor(x) and x.is_floating_point() and x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested
-
-
-def fill(net, state):
-    """Give a network made on the "meta" device its weights: no time or memory goes into random ones. To be called within reading()."""
-    for key, value in state.items():
-        if not plain(value):
-            raise ValueError(f"{key} is no tensor of real numbers")
-    net.load_state_dict({key: value.float().contiguous() for key, value in state.items()}, assign=True)
-
-
-def download(url, name, flag):
-    """Path of a file in torch's cache, fetched on first use and held against the start of its sha256, with which its name ends."""
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, path, path.stem[-8:], progress=sys.stderr.isatty())
-        except Exception as error:
-            raise UserError(f"{path}: not there, nor to be had from {url} ({one_line(error)}); give a local file with {flag}") from None
-    return path
-
-
-def fetch(kind, resolution, flag, folder=None):
-    """Path of a published file ("decoder", "statistics" or "teacher"): in `folder`, laid out like the hub's repository, or
-    downloaded to the hub's cache on first use."""
-    need(resolution in HUB_FILES, f"no published {kind} for resolution {resolution}, only for {' and '.join(map(str, HUB_FILES))}; give ours with {flag}")
-    name = HUB_FILES[resolution][kind]
-    if folder:
-        return Path(folder) / name
-    from huggingface_hub import hf_hub_download
-    try:
-        return hf_hub_download(HUB, name, revision=HUB_REVISION)
-    except Exception as error:
-        raise UserError(f"no {kind} for resolution {resolution}: looked for {name} of {HUB} in the local cache and on the Hugging Face "
-                        f"hub ({type(error).__name__}); give a local path with {flag}") from None
-
-
-def published_rae(resolution, folder=None, with_encoder=False, encoder_weights=None):
-    """The published RAE of a resolution, from the hub or from a folder laid out like it."""
-    path, moments_path = (fetch(kind, resolution, "--rae", folder) for kind in ("decoder", "statistics"))
-    published = load_weights(path)
-    with reading(path, "not a published RAE decoder"):
-        decoder = convert_decoder(published, path)
-        channels, grid, hidden = (infer_decoder(decoder)[key] for key in ("latent_dim", "grid", "hidden_size"))
-    heads = next((size["num_heads"] for size in DECODERS.values() if size["hidden_size"] == hidden), hidden // 64)
-    with reading(moments_path, "no latent statistics"):
-        moments = load_weights(moments_path)
-        need("var" in moments and {"mean", "var"} >= set(moments),
-             f"{moments_path}: no latent statistics, which are tensors 'var' and perhaps 'mean', but {one_line(', '.join(sorted(moments)))}")
-        for key, value in moments.items():
-            need(plain(value) and value.numel() == channels * grid * grid,
-                 f"{moments_path}: '{key}' is {tuple(value.shape)}, but the decoder takes latents {(channels, grid, grid)} of real numbers")
-    state = {f"decoder.{key}": value for key, value in decoder.items()} | {key: value.reshape(channels, grid, grid) for key, value in moments.items()}
-    encoder = dict(name=DINOV2, image_size=resolution, channels=channels)
-    return unpack_rae(dict(encoder=encoder, decoder=dict(num_heads=heads), state=state), with_encoder, encoder_weights, path)
-
-
-def load_rae(path, device="cpu", with_encoder=True, encoder_weights=None):
-    """The RAE inside any checkpoint of ours. Raises UserError naming the file."""
-    content = load_file(path)
-    need(isinstance(content, dict) and content.get("rae") is not None, f"{path}: holds no RAE; give a checkpoint of train.py from the stage rae or later")
-    return unpack_rae(content["rae"], with_encoder, encoder_weights, path).to(device)
-
-
-def rae_from(given, resolution, with_encoder=True, encoder_weights=None):
-    """What a flag --rae names: a checkpoint of ours, or a folder laid out like the hub; None: the hub itself."""
-    if given and not Path(given).is_dir():
-        return load_rae(given, with_encoder=with_encoder, encoder_weights=encoder_weights)
-    return published_rae(resolution, given, with_encoder, encoder_weights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -675,7 +501,215 @@ def random_crop(image, size, across, down):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Files: whatever is wrong with one ends in one line that names it
+
+class UserError(ValueError):
+    """Something the user can mend: its text is one line that names the file or flag, and it is all that is printed."""
+
+
+class ProcessLost(UserError):
+    """Another process is dead or hung. Every process that is left says so: the first one may be the one that is gone."""
+
+
+def one_line(error):
+    """An exception, or anything else that may be long, in at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def plural(number, noun):
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def need(condition, message):
+    """How files and flags are refused: "what: what is wrong; what to do"."""
+    if not condition:
+        raise UserError(" ".join(message.split()))
+
+
+@contextmanager
+def reading(path, what):
+    """Whatever a damaged file makes its reader raise becomes one line that names it: PIL, zipfile, torch and numpy have dozens of kinds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    except Exception as error:
+        kind, detail = type(error).__name__, one_line(error).split(". ")[0]  # a first sentence is enough
+        reason = kind if detail == kind else f"{kind}: {detail}"
+        raise UserError(f"{path}: {what} ({reason}); make or fetch it again") from None
+
+
+def load_file(path):
+    """torch.load of a checkpoint, on the CPU, tensors and plain containers only. Raises UserError naming the file.
+
+    torch.load ignores the checksums in a file of its own, and would take a tensor with a flipped byte: they are checked first.
+    """
+    with reading(path, "not a readable checkpoint, or cut short"):
+        regular = stat.S_ISREG(os.stat(path).st_mode)  # a pipe might never end
+        need(regular, f"{path}: is a folder, a pipe or a device, not a checkpoint file")
+        if zipfile.is_zipfile(path):  # else it may be of torch's old format, which has no checksums
+            with zipfile.ZipFile(path) as archive:
+                need(archive.testzip() is None, f"{path}: is damaged, it does not match its own checksums; make or fetch it again")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_weights(path, content=None):
+    """State dict of a file that holds it bare or under "ema" / "model", with or without wrappers' prefixes."""
+    content = load_file(path) if content is None else content
+    need(isinstance(content, dict), f"{path}: holds no state dict, but {type(content).__name__}")
+    state = next((content[key] for key in ("ema", "model") if content.get(key) is not None), content)
+    need(isinstance(state, dict), f"{path}: holds no state dict, but {type(state).__name__}")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state.items() if value is not None}
+
+
+def plain(x):
+    """Whether x is a tensor of real numbers in memory, as weights are: a file may also hold sparse, quantised or empty ones."""
+    return torch.is_tensor(x) and x.is_floating_point() and x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested
+
+
+def fill(net, state):
+    """Give a network made on the "meta" device its weights: no time or memory goes into random ones. To be called within reading()."""
+    for key, value in state.items():
+        if not plain(value):
+            raise ValueError(f"{key} is no tensor of real numbers")
+    net.load_state_dict({key: value.float().contiguous() for key, value in state.items()}, assign=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published weights
+
+LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+LPIPS_FILE = "lpips-vgg-a78928a0.pth"  # ends in the first digits of its sha256, which the download is held against
+HUB = "nyu-visionx/RAE-collections"  # Hugging Face repository of the published weights, and where each file lies in it
+HUB_REVISION = "main"  # a commit hash pins it; which one could not be looked up without a network
+HUB_FILES = {
+    256: dict(decoder="decoders/dinov2/wReg_base/ViTXL_n08/model.pt", statistics="stats/dinov2/wReg_base/imagenet1k/stat.pt",
+              teacher="DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt"),
+    512: dict(decoder="decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt", statistics="stats/dinov2/wReg_base/imagenet1k_512/stat.pt",
+              teacher="DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt"),
+}
+
+
+def download(url, name, flag):
+    """Path of a file in torch's cache, fetched on first use and held against the start of its sha256, with which its name ends."""
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, path.stem[-8:], progress=sys.stderr.isatty())
+        except Exception as error:
+            raise UserError(f"{path}: not there, nor to be had from {url} ({one_line(error)}); give a local file with {flag}") from None
+    return path
+
+
+def fetch(kind, resolution, flag, folder=None):
+    """Path of a published file ("decoder", "statistics" or "teacher"): in `folder`, laid out like the hub's repository, or
+    downloaded to the hub's cache on first use."""
+    need(resolution in HUB_FILES, f"no published {kind} for resolution {resolution}, only for 256 and 512; give ours with {flag}")
+    name = HUB_FILES[resolution][kind]
+    if folder:
+        return Path(folder) / name
+    from huggingface_hub import hf_hub_download
+    try:
+        return hf_hub_download(HUB, name, revision=HUB_REVISION)
+    except Exception as error:
+        raise UserError(f"no {kind} for resolution {resolution}: looked for {name} of {HUB} in the local cache and on the Hugging Face "
+                        f"hub ({type(error).__name__}); give a local path with {flag}") from None
+
+
+def published_rae(resolution, folder=None, with_encoder=False, encoder_weights=None):
+    """The published RAE of a resolution, from the hub or from a folder laid out like it."""
+    path, moments_path = (fetch(kind, resolution, "--rae", folder) for kind in ("decoder", "statistics"))
+    published = load_weights(path)
+    with reading(path, "not a published RAE decoder"):
+        decoder = convert_decoder(published, path)
+        channels, grid, hidden = (infer_decoder(decoder)[key] for key in ("latent_dim", "grid", "hidden_size"))
+    heads = next((size["num_heads"] for size in DECODERS.values() if size["hidden_size"] == hidden), hidden // 64)
+    with reading(moments_path, "no latent statistics"):
+        moments = load_weights(moments_path)
+        need("var" in moments and {"mean", "var"} >= set(moments),
+             f"{moments_path}: no latent statistics, tensors 'var' and perhaps 'mean', but {one_line(', '.join(sorted(moments)))}")
+        for key, value in moments.items():
+            need(plain(value) and value.numel() == channels * grid * grid,
+                 f"{moments_path}: '{key}' is {tuple(value.shape)}, but the decoder takes latents {(channels, grid, grid)} of real numbers")
+    state = {f"decoder.{key}": value for key, value in decoder.items()}
+    state |= {key: value.reshape(channels, grid, grid) for key, value in moments.items()}
+    encoder = dict(name=DINOV2, image_size=resolution, channels=channels)
+    return unpack_rae(dict(encoder=encoder, decoder=dict(num_heads=heads), state=state), with_encoder, encoder_weights, path)
+
+
+def load_rae(path, device="cpu", with_encoder=True, encoder_weights=None):
+    """The RAE inside any checkpoint of ours. Raises UserError naming the file."""
+    content = load_file(path)
+    need(isinstance(content, dict) and content.get("rae") is not None,
+         f"{path}: holds no RAE; give a checkpoint of train.py from the stage rae or later")
+    return unpack_rae(content["rae"], with_encoder, encoder_weights, path).to(device)
+
+
+def rae_from(given, resolution, with_encoder=True, encoder_weights=None):
+    """What a flag --rae names: a checkpoint of ours, or a folder laid out like the hub; None: the hub itself."""
+    if given and not Path(given).is_dir():
+        return load_rae(given, with_encoder=with_encoder, encoder_weights=encoder_weights)
+    return published_rae(resolution, given, with_encoder, encoder_weights)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
+
+MEANFLOW_GMACS = 118.6, 311.1  # MeanFlow XL/2 (675.4M) and the SD-VAE's decoder (49.5M) at 256, all matrix products and convolutions
+
+
+class Parser(argparse.ArgumentParser):
+    """Its help has one line a flag; a mistake is a UserError."""
+
+    def __init__(self, **options):
+        super().__init__(**dict(formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=140)) | options)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def at_least(minimum, most=10**12):
+    """The type of a flag: a whole number of at least `minimum`, and at most `most`: more is a slip, and would fill the memory."""
+    def parse(text):
+        if text.isdecimal() and (len(text) > 15 or int(text) > most):
+            raise argparse.ArgumentTypeError(f"must be at most {most}")
+        if not text.isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
+        return int(text)
+    return parse
+
+
+def pick_device(name):
+    """What --device names, or a GPU if there is one, or the CPU. Raises UserError where torch has no such device."""
+    try:
+        number = torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        number.item()  # the device "meta" holds none
+        return str(number.device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {name}: not to be had ({one_line(error)}); leave the flag out to use what there is") from None
+
+
+def run_main(main):
+    """Run a script's main(): what a user can mend ends it in one line (of the first process only) and exit status 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = f"{one_line(error)}; give a smaller --batch_size or, to train.py, --micro_batch and --checkpointing"
+        line = " ".join(f"{Path(sys.argv[0]).name}: {text}".splitlines())  # a name may hold a line break
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessLost):
+            tqdm.write(line, file=sys.stderr)  # a line of its own, also while a progress bar is shown
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun ends with a report of its own: let it name the reason too
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
+                json.dumps({"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}))
+        sys.exit(2)
+
 
 def print_costs():
     """Parameters and multiply-accumulates (MACs) of one image, and how one step compares with one in the latents of a VAE."""
@@ -687,7 +721,8 @@ def print_costs():
             rows[f"encoder DINOv2-B, {size}"] = count(timm.create_model(DINOV2, img_size=pixels), torch.empty(1, 3, pixels, pixels))
             for name in ("S", "B", "L", "XL"):
                 rows[f"decoder {name}, {size}"] = count(Decoder(768, size // 16, 16, **DECODERS[name]), latent)
-            rows[f"DiTDH XL, {size}"] = count(DiTDH(size // 16, 768, num_classes=1000, average_velocity=True, **MODELS["XL"]), latent, one, label, one)
+            student = DiTDH(size // 16, 768, num_classes=1000, average_velocity=True, **MODELS["XL"])
+            rows[f"DiTDH XL, {size}"] = count(student, latent, one, label, one)
     print("MACs of one image, all matrix products and convolutions counted\n")
     for name, (parameters, macs) in rows.items():
         print(f"{name:24} {parameters / 1e6:8.1f}M {macs / 1e9:8.1f} G")
@@ -706,12 +741,12 @@ def reconstruct(rae, files, args):
 
 
 def main():
-    parser = Parser(description="Reconstruct an image, or score the reconstructions of a folder; without either, print what the networks cost.",
-                    epilog="examples:\n" + __doc__.split("\n\n")[2])
+    what_it_does = "Reconstruct an image, or score the reconstructions of a folder; without either, print what the networks cost."
+    parser = Parser(description=what_it_does, epilog="examples:\n" + __doc__.split("\n\n")[2])
     what, how = parser.add_argument_group("what to reconstruct"), parser.add_argument_group("with what")
     what.add_argument("image", nargs="?", help="image of any size, of which the centre is used; or a folder of images")
-    what.add_argument("--out", metavar="PATH", help="of an image: its picture (default reconstruction.png); of a folder: a folder for all pairs (default none)")
-    how.add_argument("--rae", metavar="PATH", help="checkpoint of train.py, or a folder laid out like the hub's repository (default: the hub)")
+    what.add_argument("--out", metavar="PATH", help="the picture of an image (default reconstruction.png), the folder for a folder's pairs")
+    how.add_argument("--rae", metavar="PATH", help="checkpoint of train.py, or folder laid out like the hub (default: the hub)")
     how.add_argument("--resolution", type=int, default=256, choices=(256, 512), help="side in pixels of the published RAE (default 256)")
     how.add_argument("--encoder_weights", metavar="FILE", help="the encoder's weights, or the word random (default: timm's hub)")
     how.add_argument("--batch_size", metavar="N", type=at_least(1), default=32, help="images at a time (default 32)")
@@ -740,7 +775,7 @@ def main():
             save_image(torch.cat([a, b]), args.out or "reconstruction.png")
         except (OSError, ValueError) as error:
             raise UserError(f"--out {args.out}: cannot be written ({one_line(error)}); give a name that ends in .png") from None
-    print(f"{image}: {len(files)} image{'s' * (len(files) > 1)}, PSNR {psnr:.2f} dB, SSIM {similarity:.4f}")
+    print(f"{image}: {plural(len(files), 'image')}, PSNR {psnr:.2f} dB, SSIM {similarity:.4f}")
     if folders:
         print(f"rFID: python fid.py {folders[1]} {folders[0]}")
 
