@@ -226,16 +226,47 @@ def train_demo(stage, model, loss_of, steps, lr):
     return model.requires_grad_(False)
 
 
+def fit(points):
+    """Points (M, 2) -> (share on the dark squares, total variation from the data: 0 equal, 1 disjoint), in bins of 0.2."""
+    dark = torch.arange(4)[:, None] % 2 == torch.arange(4) % 2                                  # (4, 4) squares
+    density = torch.kron(dark / 8, torch.ones(5, 5) / 25)                                       # (20, 20) bins over [-2, 2]^2
+    density = torch.nn.functional.pad(density, [4] * 4)                                         # (28, 28) over [-2.8, 2.8]^2
+    share = torch.histogramdd(points, [28, 28], [-2.8, 2.8, -2.8, 2.8])[0] / len(points)        # (28, 28)
+    outside = 1 - share.sum()
+    return share[density > 0].sum().item(), ((share - density).abs().sum() + outside).item() / 2
+
+
+def draw(panels, paths, path, side=224, columns=4):
+    """panels {title: points (M, 2)} as clouds and {title: {colour: lines (points of a line, lines, 2)}} in a last one -> PNG."""
+    from PIL import Image, ImageDraw
+    rows = -(-(len(panels) + 1) // columns)
+    picture = Image.new("RGB", (columns * (side + 16), rows * (side + 40)), "white")
+    pen = ImageDraw.Draw(picture)
+    for number, (title, shown) in enumerate([*panels.items(), *paths.items()]):
+        left, top = number % columns * (side + 16) + 8, number // columns * (side + 40) + 32
+        pen.text((left, top - 24), title, "black", font_size=16)
+        if torch.is_tensor(shown):
+            count = torch.histogramdd(shown, [56, 56], [-2.8, 2.8, -2.8, 2.8])[0].T.flip(0)     # (56, 56), y points up
+            darkness = (800 * count / len(shown)).clamp(max=1.5)                                # of the data: 1 on dark squares
+            picture.paste(Image.fromarray((255 - 170 * darkness).byte().numpy()).resize((side, side), 0), (left, top))
+            continue
+        for colour, lines in shown.items():
+            pixels = (lines * torch.tensor([1, -1]) + 2.8) * side / 5.6 + torch.tensor([left, top])
+            for line in pixels.transpose(0, 1).tolist():
+                pen.line([tuple(point) for point in line], colour, 2)
+                pen.circle(line[-1], 3, colour)
+    picture.save(path)
+    print(path)
+
+
 def demo(path="meanflow.png"):
     import copy
-    import numpy as np
-    from PIL import Image, ImageDraw
     torch.manual_seed(0)
     noise, y = torch.randn(20_000, 2), torch.zeros(20_000)
     panels = {"data": checkerboard(20_000)}
     teacher = train_demo("teacher", MLP(), lambda v: flow_matching_loss(v, checkerboard(512), y[:512], alpha=1), 3000, 5e-3)
-    for steps in (25, 4, 1):
-        panels[f"teacher, {steps} step" + "s" * (steps > 1)] = solve_flow(teacher, noise, y, steps, alpha=1, last_only=True)[0][0]
+    for steps, title in ((25, "teacher, 25 steps"), (4, "teacher, 4 steps"), (1, "teacher, 1 step")):
+        panels[title] = solve_flow(teacher, noise, y, steps, alpha=1, last_only=True)[0][0]
     losses = {  # for E5 a sample is a cloud of 8 points: the log needs many dimensions, with 2 it pulls u away from the mean
         "mid": (lambda u: mid_training_loss(u, teacher, torch.randn(64, 2), y[:64], alpha=1, num_pairs=8), 2000, 3e-3),
         "distill": (lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1, teacher=teacher), 600, 2e-4),
@@ -245,26 +276,12 @@ def demo(path="meanflow.png"):
     for stage, (loss_of, steps, lr) in losses.items():
         student = train_demo(stage, copy.deepcopy(student).requires_grad_(True), loss_of, steps, lr)
         panels[f"{stage}, 1 step"] = sample(student, noise, y)
-    dark = np.kron(np.equal.outer(np.arange(4) % 2, np.arange(4) % 2), np.ones((5, 5)))         # (20, 20) bins, 5 x 5 a square
-    density = np.pad(dark / dark.sum(), 4)                                                      # (28, 28) over [-2.8, 2.8]^2
-    picture = Image.new("RGB", (240 * len(panels) + 240, 264), "white")
-    draw = ImageDraw.Draw(picture)
     print(f"\n{'':20}on dark squares    total variation from the data")
-    for left, (name, points) in zip(range(8, picture.width, 240), panels.items()):
-        fine = np.histogram2d(*points.T.numpy(), bins=56, range=[[-2.8, 2.8]] * 2)[0] / len(points)
-        share = fine.reshape(28, 2, 28, 2).sum((1, 3))                                          # (28, 28); 1 - its sum lies outside
-        print(f"{name:20}{share[density > 0].sum():15.1%}{(np.abs(share - density).sum() + 1 - share.sum()) / 2:35.1%}")
-        picture.paste(Image.fromarray(np.uint8(255 - 170 * (800 * fine.T[::-1]).clip(0, 1.5))).resize((224, 224), 0), (left, 32))
-        draw.text((left, 8), name, "black", font_size=16)
-    left = picture.width - 232
-    draw.text((left, 8), "teacher (blue), distill (red)", "black", font_size=16)
-    paths = solve_flow(teacher, noise[:14], y[:14], 25, alpha=1)[0]                             # (26, 14, 2)
-    for color, lines in (("royalblue", paths), ("crimson", torch.stack([noise[:14], panels["distill, 1 step"][:14]]))):
-        for line in (lines * torch.tensor([40, -40]) + torch.tensor([left + 112, 144])).transpose(0, 1):
-            draw.line([tuple(point) for point in line.tolist()], color, 2)
-            draw.circle(line[-1].tolist(), 3, color)
-    picture.save(path)
-    print(path)
+    for title, points in panels.items():
+        print("{:20}{:15.1%}{:35.1%}".format(title, *fit(points)))
+    curves = solve_flow(teacher, noise[:14], y[:14], 25, alpha=1)[0]                            # (26, 14, 2)
+    jumps = torch.stack([noise[:14], panels["distill, 1 step"][:14]])                           # (2, 14, 2)
+    draw(panels, {"teacher (blue), distill (red)": {"royalblue": curves, "crimson": jumps}}, path)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import stat
@@ -679,6 +680,19 @@ def at_least(minimum, most=10**12):
         if not text.isdigit() or int(text) < minimum:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
         return int(text)
+    return parse
+
+
+def between(low, high):
+    """The type of a flag: a number between low and high."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a number between {low:g} and {high:g}, not {text!r}")
+        return value
     return parse
 
 

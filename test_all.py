@@ -1171,7 +1171,7 @@ def test_a_released_teacher_knows_imagenets_classes_by_name(photographs, trained
     in_process(monkeypatch, *released, "--stage", "mid")
     assert rae.load_file(tmp_path / "mid.pt")["classes"][207] == "golden retriever"
     seen, real = [], train.Samples
-    monkeypatch.setattr(train, "Samples", lambda *a: seen.append(a[3]) or real(*a))
+    monkeypatch.setattr(train, "Samples", lambda *a, **k: seen.append(k["labels"]) or real(*a, **k))
     in_process(monkeypatch, *released, "--stage", "distill", "--data", tmp_path / "data")
     assert sorted(seen[0].unique().tolist()) == [0, 207, 954]
     with pytest.raises(rae.UserError, match="trained on 1000 classes, and '0' is not"):
@@ -1378,8 +1378,8 @@ def test_bad_input_ends_in_one_line(photographs, trained, tmp_path, monkeypatch,
         (*files, "--encoder", TINY_VIT): "no weights for test_vit.r160_in1k: looked for timm/test_vit.r160_in1k .*--encoder_weights",
         (*files, "--encoder", TINY_VIT, "--encoder_weights", "random"): "no weights for vgg16.tv_in1k: .*--vgg_weights",
         (*files, "--encoder", TINY_VIT, *RANDOM, "--lpips_weights", trained / "rae.pt"): "rae.pt: not the linear heads of LPIPS",
-        (*files, "--perceptual", "-1"): "--perceptual: must be a number of at least 0",
-        (*toy, "--gap_share", "2"): "--gap_share 2.0: must be between 0 and 1",
+        (*files, "--perceptual", "-1"): "--perceptual: must be a number between 0 and 1e",
+        (*toy, "--gap_share", "2"): "--gap_share: must be a number between 0 and 1, not '2'",
         ("train.py", "--bench", "--stage", "rae"): "--bench: measures flow",
         ("train.py", "--report", "x.pt", "--stage", "mid"): "--report: needs --toy",
         ("sample.py", "--ckpt", tmp_path / "none.pt"): "none.pt: no such file",

@@ -15,7 +15,6 @@ Paper: arXiv 2511.13019. The stages, each starting from the checkpoint of the on
 
 Writes OUT/STAGE.pt, OUT/STAGE.jsonl and OUT/STAGE.NNNNNN.png. The same command again resumes.
 """
-import argparse
 import copy
 import json
 import math
@@ -49,11 +48,12 @@ from tqdm import tqdm
 
 import fid
 from dit import MODELS, DiTDH, infer_config
-from meanflow import (expand, flow_matching_loss, flow_matching_times, guided, mean_flow_loss, mean_flow_times, mid_training_loss, shift_time)
+from meanflow import (alpha_of, expand, flow_matching_loss, flow_matching_times, guided, mean_flow_loss, mean_flow_times, mid_training_loss,
+                      shift_time)
 from rae import (DECODERS, DINOV2, RAE, Decoder, Discriminator, Encoder, EncoderPretraining, LatentStatistics, Parser, PerceptualDistance,
-                 ProcessLost, UserError, at_least, augment, center_crop, discriminator_loss, fetch, load_file, need, one_line, pick_device, rae_from,
-                 random_crop, read_image, reading, reconstruction_loss, run_main, unpack_rae)
-from sample import generate, imagenet_names, load_network, noise_of, save_grid, side_by_side, to_uint8, train_classifier
+                 ProcessLost, UserError, at_least, augment, between, center_crop, discriminator_loss, fetch, load_file, need, one_line,
+                 pick_device, plain, rae_from, random_crop, read_image, reading, reconstruction_loss, run_main, to_uint8, unpack_rae)
+from sample import class_names, generate, imagenet_names, load_network, noise_of, save_grid, side_by_side, train_classifier
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What each stage is trained with. batch_size is global; for mid it counts trajectories, each giving `pairs` pairs.
@@ -62,8 +62,8 @@ from sample import generate, imagenet_names, load_network, noise_of, save_grid, 
 
 EPOCH = 1_281_167  # images of ImageNet
 PAPER = {  # the paper's, at 256
-    "rae": dict(batch_size=512, steps=16 * EPOCH // 512, lr=2e-4, lr_end=2e-5, decay="cosine", warmup=1 / 16, ema=0.9978, clip=None, noise=0.8,
-                perceptual=1.0, adversarial=0.75, discriminator_from=6 / 16, gan_from=8 / 16),
+    "rae": dict(batch_size=512, steps=16 * EPOCH // 512, lr=2e-4, lr_end=2e-5, decay="cosine", warmup=1 / 16, ema=0.9978, clip=None,
+                noise=0.8, perceptual=1.0, adversarial=0.75, discriminator_from=6 / 16, gan_from=8 / 16),
     "flow": dict(batch_size=1024, steps=800 * EPOCH // 1024, lr=2e-4, lr_end=2e-5, decay_from=40 / 800, ema=0.9995),
     "mid": dict(batch_size=8, pairs=64, steps=27_000, lr=1e-4, ema=0.999),
     "distill": dict(batch_size=256, steps=180_000, lr=1e-4, ema=0.9999),
@@ -86,8 +86,8 @@ PHOTOGRAPHS = 4        # --toy --data: this many times the toy's steps
 TOY_CHANNELS = 96      # latent channels of the toy's encoder
 TOY_ALPHA = 2.5        # time shift of the toy, tried out: at 1 the classes are learnt later, and the paper's rule gives 0.6
 TOY_START = dict(class_std=1.0, time_std=None)  # larger than the published 0.02, which learns classes too slowly for ten minutes
-DEFAULTS = dict(lr_end=None, decay="linear", decay_from=0.0, warmup=0.0, clip=1.0, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25, power=1.0,
-                perceptual=0.0, adversarial=0.0, discriminator_from=0.0, gan_from=0.0,
+DEFAULTS = dict(lr_end=None, decay="linear", decay_from=0.0, warmup=0.0, clip=1.0, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25,
+                power=1.0, perceptual=0.0, adversarial=0.0, discriminator_from=0.0, gan_from=0.0,
                 nodes=17, solver="euler", guidance=1.0, delta=5e-3)  # nodes of a teacher's trajectory in mid: 16 steps
 ON_IMAGES = ("encoder", "rae")  # these stages train on images, the others on latents
 STARTS_FROM = {"mid": "flow", "distill": "mid", "bootstrap": "distill"}
@@ -130,8 +130,10 @@ def make_toy_images(num, seed):
     """
     turn = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     disc = np.stack([np.cos(turn), np.sin(turn)], 1)                                            # (60, 2), y points down
-    spikes = np.where(np.arange(10) % 2, 0.42, 1.1)[:, None] * np.stack([np.sin(np.arange(10) * np.pi / 5), -np.cos(np.arange(10) * np.pi / 5)], 1)
-    heart = np.stack([16 * np.sin(turn) ** 3, -13 * np.cos(turn) + 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn)], 1) / 16
+    tenth = np.arange(10) * np.pi / 5
+    spikes = np.where(np.arange(10) % 2, 0.42, 1.1)[:, None] * np.stack([np.sin(tenth), -np.cos(tenth)], 1)     # (10, 2)
+    down = -13 * np.cos(turn) + 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn)
+    heart = np.stack([16 * np.sin(turn) ** 3, down], 1) / 16                                    # (60, 2)
     shapes = [  # outlines to fill (+) and to cut out (-), in a frame of side 2
         [(+1, disc)], [(+1, disc), (-1, 0.55 * disc)], [(+1, 0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]))],
         [(+1, np.array([(0, -1), (1, 0.8), (-1, 0.8)]))], [(+1, spikes)], [(+1, heart)], [(+1, disc), (-1, 0.85 * disc + (0.45, -0.1))],
@@ -158,6 +160,12 @@ def make_toy_images(num, seed):
     return images, labels
 
 
+def toy_tensors(num, seed):
+    """make_toy_images as tensors: uint8 (num, 3, 32, 32), int64 (num,)."""
+    images, labels = make_toy_images(num, seed)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
 def list_photographs(folder):
     """A folder of class folders -> (files, labels (N,), class names), in torchvision's ImageFolder order."""
     from timm.data import ImageNetInfo
@@ -167,19 +175,18 @@ def list_photographs(folder):
     except FileNotFoundError as error:
         problem = one_line(error).rstrip(".") if Path(folder).is_dir() else "no such folder"
         raise UserError(f"--data {folder}: {problem}; give a folder that holds one folder of images for each class") from None
-    if len(found.classes) < 2:
-        raise UserError(f"--data {folder}: only one class folder, {found.classes[0]!r}; class-conditional training needs two or more")
+    need(len(found.classes) > 1, f"--data {folder}: only one class folder, {found.classes[0]!r}; give two or more")
     names = dict(zip(ImageNetInfo().label_names(), imagenet_names()))                           # n02099601 is shown as golden retriever
     return [path for path, _ in found.samples], torch.tensor(found.targets), tuple(names.get(name, name) for name in found.classes)
 
 
 def labels_among(classes, data):
-    """Labels (N,) of the data as the network counts its classes, by their names. Raises UserError on a name it does not know."""
+    """Labels (M,) of the data as the network counts its classes, by their names. Raises UserError on a name it does not know."""
     if tuple(data.classes) == tuple(classes):
         return data.labels
     for name in data.classes:
-        if list(classes).count(name) != 1:
-            raise UserError(f"--data: the network was trained on {len(classes)} classes, and {name!r} is not exactly one of them; give the images it knows")
+        need(list(classes).count(name) == 1,
+             f"--data: the network was trained on {len(classes)} classes, and {name!r} is not exactly one of them; give images it knows")
     return torch.tensor([list(classes).index(name) for name in data.classes])[data.labels]
 
 
@@ -193,9 +200,8 @@ def read_photograph(path, size, place=None):
 
 def refuse_unreadable(bad, total):
     """A few damaged files are skipped, more than 1 in 1000 end the run. bad: their names."""
-    if len(bad) > total / 1000:
-        raise UserError(f"--data: {len(bad)} of {total} images cannot be read, more than 1 in 1000: {', '.join(sorted(bad)[:20])}"
-                        f"{' ...' if len(bad) > 20 else ''}; remove or replace them")
+    need(len(bad) <= total / 1000, f"--data: {len(bad)} of {total} images cannot be read, more than 1 in 1000: "
+         f"{', '.join(sorted(bad)[:20])}{' ...' if len(bad) > 20 else ''}; remove or replace them")
 
 
 def name_unreadable(bad, named, total, say):
@@ -218,13 +224,12 @@ def everyones(names):
 def load_data(args):
     """The toy's pictures or a folder's photographs, in memory at 32 x 32; for ImageNet the list of its files."""
     if args.toy and not args.data:
-        pictures = [make_toy_images(num, seed) for num, seed in ((300 if args.dry_run else 20_000, args.seed), (300 if args.dry_run else 2_000, args.seed + 1))]
-        images, held_out = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x, _ in pictures)   # (N, 3, 32, 32)
-        return Data(images, torch.from_numpy(pictures[0][1]), TOY_CLASSES, held_out=(held_out, torch.from_numpy(pictures[1][1])))
-    if not args.data:
-        raise UserError(f"--stage {args.stage} needs images: give --data FOLDER with one folder of images for each class")
+        images, labels = toy_tensors(300 if args.dry_run else 20_000, args.seed)
+        return Data(images, labels, TOY_CLASSES, held_out=toy_tensors(300 if args.dry_run else 2_000, args.seed + 1))
+    need(args.data, f"--stage {args.stage} needs images: give --data FOLDER with one folder of images for each class")
     files, labels, classes = list_photographs(args.data)
-    listing = f"{len(files)} images ({zlib.crc32(' '.join(os.path.relpath(path, args.data) for path in files).encode()):08x})"
+    names = " ".join(os.path.relpath(path, args.data) for path in files)
+    listing = f"{len(files)} images ({zlib.crc32(names.encode()):08x})"
     if not args.toy:
         return Data(files, labels, classes, listing)
     images, good, bad = [], [], []
@@ -259,7 +264,7 @@ class Samples(Dataset):
     num_classes: int
     size: int                        # side of images read from files, which are flipped at random and, for rae, cropped at random
     noise_shape: tuple
-    num_uniform: int = 2
+    num_uniform: int = 2             # t, r; of mid one a pair; of rae crop 0 1, noise level 2, augment decoded 3..7 and real ones 8..12
     label_drop: float = 0.0
     gap_share: float = 0.25
 
@@ -317,7 +322,8 @@ def stack_readable(batch):
 @torch.no_grad()
 def in_batches(images, size, device, function, what, workers=0, rank=0, world=1, batch_size=256):
     """Yield function(images in [0, 1]) for all images, or for every world-th of them."""
-    batches = DataLoader(Pictures(images, size), batch_size, sampler=range(rank, len(images), world), num_workers=workers, collate_fn=stack_readable)
+    mine = range(rank, len(images), world)
+    batches = DataLoader(Pictures(images, size), batch_size, sampler=mine, num_workers=workers, collate_fn=stack_readable)
     for batch in tqdm(batches, desc=what, leave=False, disable=rank > 0):
         if batch is not None:
             yield function(batch.to(device).float() / 255)                                      # of (B, 3, S, S)
@@ -339,25 +345,21 @@ def resolve(stage, args):
     """The stage's configuration: the table's row, then the flags that were given."""
     c = DEFAULTS | (TOY[stage] if args.toy else PAPER[stage] | (PAPER_512.get(stage, {}) if args.resolution >= 512 else {}))
     c["steps"] *= PHOTOGRAPHS if args.toy and args.data else 1
-    c |= {key: getattr(args, key) for key in ("batch_size", "steps", "lr", "perceptual", "adversarial", "nodes", "solver", "guidance",
-                                             "gap_share", "power", "delta") if getattr(args, key) is not None}
+    given = ("batch_size", "steps", "lr", "perceptual", "adversarial", "nodes", "solver", "guidance", "gap_share", "power", "delta")
+    c |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     c |= dict(stage=stage, toy=args.toy, resolution=32 if args.toy else args.resolution, model=args.model or ("toy" if args.toy else "XL"))
     c |= {key: getattr(args, key) for key in ("seed", "data", "encoder", "init", "teacher", "rae", "derivative", "precision")}
-    if c["model"] not in (DECODERS if stage in ("encoder", "rae") else MODELS):
-        raise UserError(f"--model {c['model']}: sizes of the {'decoder' if stage == 'rae' else 'transformer'} are {', '.join(DECODERS if stage == 'rae' else MODELS)}")
+    what, sizes = ("decoder", DECODERS) if stage in ON_IMAGES else ("transformer", MODELS)
+    need(c["model"] in sizes, f"--model {c['model']}: sizes of the {what} are {', '.join(sizes)}")
     return c | (dict(steps=1) if args.dry_run else {})
 
 
-def checkpoint_of(stage, flag, given, out):
-    """Path of the checkpoint that a flag names, or else of the stage in OUT; None where OUT has none."""
+def find(stage, flag, given, out, required=True):
+    """Path of the checkpoint that a flag names, or else of the stage in OUT, or None if that is not required. Raises UserError."""
     path = Path(given) if given else out / f"{stage}.pt"
-    if given and not path.exists():
-        raise UserError(f"{flag} {given}: no such file")
+    need(not given or path.exists(), f"{flag} {given}: no such file")
+    need(path.exists() or not required, f"{path}: no such file; train the stage {stage} first, or give its checkpoint with {flag}")
     return path if path.exists() else None
-
-
-def missing(stage, flag, out):
-    return UserError(f"{out / stage}.pt: no such file; train the stage {stage} first, or give its checkpoint with {flag}")
 
 
 def load_role(path, flag, average_velocity):
@@ -365,7 +367,7 @@ def load_role(path, flag, average_velocity):
     network, content = load_network(path)
     if average_velocity is not None and (network.r_embedder is not None) != average_velocity:
         needed = "average velocity (a checkpoint of mid, distill or bootstrap)" if average_velocity else "velocity (a checkpoint of flow)"
-        raise UserError(f"{flag} {path}: holds {'an average' if network.r_embedder is not None else 'a'} velocity, needed is {needed}")
+        raise UserError(f"{flag} {path}: holds {'a' if average_velocity else 'an average'} velocity, needed is {needed}")
     return network, content
 
 
@@ -383,12 +385,10 @@ def build_autoencoder(stage, args, c, out, classes):
         encoder = Encoder("toy", 32, channels=TOY_CHANNELS)
         return EncoderPretraining(encoder, len(classes), 32 // encoder.grid), None, None, None, classes
     if args.toy:
-        if not (out / "encoder.pt").exists():
-            raise missing("encoder", "--out", out)
-        pretraining = EncoderPretraining(Encoder("toy", 32, channels=TOY_CHANNELS), len(classes), 8)
-        with reading(out / "encoder.pt", f"no encoder of {len(classes)} classes"):
-            pretraining.load_state_dict(load_file(out / "encoder.pt")["ema"])
-        encoder = pretraining.encoder
+        path, encoder = find("encoder", "--out", None, out), Encoder("toy", 32, channels=TOY_CHANNELS)
+        pretraining = EncoderPretraining(encoder, len(classes), 32 // encoder.grid)
+        with reading(path, f"no encoder of {len(classes)} classes"):
+            pretraining.load_state_dict(load_file(path)["ema"])
     else:
         encoder = Encoder(args.encoder or DINOV2, args.resolution, args.encoder_weights)
     size = encoder.config["image_size"]
@@ -400,45 +400,40 @@ def build_autoencoder(stage, args, c, out, classes):
 
 def build_flow(stage, args, c, out, classes):
     """Stages in latent space -> (network to train, RAE, teacher or None, alpha, class names)."""
-    teacher, content = None, {}
+    trained, teacher, content = None, None, {}
     if stage in ("mid", "distill"):
-        path = checkpoint_of("flow", "--teacher", args.teacher, out)
-        if path is None and args.toy:
-            raise missing("flow", "--teacher", out)
+        path = find("flow", "--teacher", args.teacher, out, required=args.toy)
         teacher, content = load_role(path or fetch("teacher", args.resolution, "--teacher"), "--teacher", average_velocity=False)
-    trained = None
-    if args.init != "none":
-        if stage == "mid":
-            trained = student_of(load_role(args.init, "--init", average_velocity=False)[0] if args.init else teacher)
-        elif stage != "flow" or args.init:
-            path = checkpoint_of(STARTS_FROM.get(stage), "--init", args.init, out)
-            if path is None:
-                raise missing(STARTS_FROM[stage], "--init", out)
-            trained, content = load_role(path, "--init", average_velocity=None if args.init and stage != "flow" else stage != "flow")
-            if stage != "flow" and trained.r_embedder is None:  # without mid-training, the paper's "flow start": a baseline
-                trained = student_of(trained)
+    if stage == "mid" and args.init != "none":
+        trained = student_of(load_role(args.init, "--init", average_velocity=False)[0] if args.init else teacher)
+    elif stage == "flow" and args.init not in (None, "none"):
+        trained, content = load_role(find("flow", "--init", args.init, out), "--init", average_velocity=False)
+    elif stage in ("distill", "bootstrap") and args.init != "none":
+        path = find(STARTS_FROM[stage], "--init", args.init, out)
+        trained, content = load_role(path, "--init", average_velocity=None if args.init else True)
+        if trained.r_embedder is None:                              # without mid-training, the paper's "flow start": a baseline
+            trained = student_of(trained)
 
     options = dict(with_encoder=stage != "mid", encoder_weights=args.encoder_weights)
-    path = checkpoint_of("rae", "--rae", args.rae, out)
-    if content.get("rae") and not args.rae:  # the one in whose latents the network was trained
+    if content.get("rae") and not args.rae:                         # the one in whose latents the network was trained
         rae = unpack_rae(content["rae"], **options)
-    elif not path and args.toy:
-        raise missing("rae", "--rae", out)
     else:
-        rae = rae_from(path, args.resolution, **options)
+        rae = rae_from(find("rae", "--rae", args.rae, out, required=args.toy), args.resolution, **options)
     channels, grid, _ = rae.latent_shape
+
     if trained is None:
         classes = content.get("classes") or classes or imagenet_names()
-        trained = DiTDH(input_size=grid, in_channels=channels, num_classes=len(classes), average_velocity=stage != "flow",
-                        **TOY_START if args.toy else {}, **MODELS[c["model"]])
-    elif not content.get("classes"):  # released weights
-        classes = imagenet_names() if trained.num_classes == 1000 else [str(i) for i in range(trained.num_classes)]
-    classes = content.get("classes") or classes
+        start = TOY_START if args.toy else {}                       # how wide the first weights spread
+        trained = DiTDH(grid, channels, num_classes=len(classes), average_velocity=stage != "flow", **start, **MODELS[c["model"]])
+    else:
+        classes = class_names(content, trained.num_classes)
     for what, network in (("student", trained), ("teacher", teacher)):
-        if network is not None and (network.in_channels, network.input_size, network.num_classes) != (channels, grid, len(classes)):
-            raise UserError(f"the {what} has {network.in_channels} channels, grid {network.input_size} and {network.num_classes} classes, but the RAE "
-                            f"and the data have {channels}, {grid} and {len(classes)}; check --init, --teacher, --rae and --data")
-    alpha = content.get("alpha") or (TOY_ALPHA if args.toy else (channels * grid**2 / 4096) ** 0.5)
+        if network is not None:
+            has = network.in_channels, network.input_size, network.num_classes
+            need(has == (channels, grid, len(classes)),
+                 f"the {what} has {has[0]} channels, grid {has[1]} and {has[2]} classes, but the RAE and the data have {channels}, "
+                 f"{grid} and {len(classes)}; check --init, --teacher, --rae and --data")
+    alpha = content.get("alpha") or (TOY_ALPHA if args.toy else alpha_of(channels, grid))
     return trained.requires_grad_(True), rae, teacher, alpha, tuple(classes)
 
 
@@ -488,14 +483,14 @@ def save(content, path):
         temporary.replace(path)
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:    # torch turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: step {content['step']} cannot be saved ({one_line(error.__context__ or error)}); the checkpoint before it is kept; "
-                        "make room, and give the same command again") from None
+        raise UserError(f"{path}: step {content['step']} cannot be saved ({one_line(error.__context__ or error)}); "
+                        "the checkpoint before it is kept; make room, and give the same command again") from None
 
 
 def newest(path, say):
-    """-> (content, path) of a stage's checkpoint or, said aloud, of the one before it where this is damaged or gone; content is None where neither is.
+    """-> (content, path) of a stage's checkpoint or, said aloud, of the one before it where this is damaged or gone.
 
-    Raises UserError where there are only damaged ones: they are not written over.
+    The content is None where neither is there. Raises UserError where there are only damaged ones: they are not written over.
     """
     damage = None
     for candidate in (path, previous(path)):
@@ -514,14 +509,14 @@ def newest(path, say):
 
 
 def progress_of(state, path, c):
-    """What a checkpoint says of the run so far: (steps done, seconds, steps skipped). Raises UserError where it is another run's."""
-    need(isinstance(state, dict) and isinstance(state.get("config"), dict),
-         f"{path}: no checkpoint of train.py that could go on; name released weights with --teacher or --init, or give another --out")
-    if state["config"].get("precision") in ("fp32", "bf16") and not any(word.startswith("--precision") for word in sys.argv):
-        c["precision"] = state["config"]["precision"]
-    for key in set(c) - {"steps", "lr", "init", "teacher", "rae"}:  # all that shapes the rest of the run; its length and its learning rate may change
-        need(repr(state["config"].get(key)) == repr(c[key]),
-             f"{path}: was made with {key} {one_line(state['config'].get(key))}, this run has {c[key]}; give the same --{key}, or another --out")
+    """What a checkpoint says of the run so far: (steps done, seconds, steps skipped). Raises UserError where it is another run's.
+
+    All that shapes the rest of a run must be the same; its length and its learning rate may change.
+    """
+    for key in sorted(set(c) - {"steps", "lr", "init", "teacher", "rae"}):
+        before = state["config"].get(key)
+        need(repr(before) == repr(c[key]),
+             f"{path}: was made with {key} {one_line(before)}, this run has {c[key]}; give the same --{key}, or another --out")
     step, seconds, skipped = (state.get(key) for key in ("step", "seconds", "skipped"))
     need(type(step) is type(skipped) is int and type(seconds) is float and 0 < step and 0 <= skipped and 0 <= seconds < math.inf,
          f"{path}: its counts are damaged ({one_line((step, seconds, skipped))}); to start the stage anew, move it away")
@@ -529,16 +524,15 @@ def progress_of(state, path, c):
 
 
 def load_moments(optimizer, state):
-    """Take the moments of a checkpoint; the settings stay this run's. Raises ValueError where they are not of these weights, which torch would not say."""
+    """Take the moments of a checkpoint; the settings stay this run's. Raises ValueError where they are of other weights."""
     group = optimizer.param_groups[0]
     for i, weight in enumerate(group["params"] if state["state"] else ()):                      # without any: before the first step
         moments = [state["state"][i][key] for key in ("exp_avg", "exp_avg_sq", "step")]
-        plain = all(m.layout == torch.strided and m.device.type == "cpu" and m.is_floating_point() for m in moments)
-        if not plain or [m.shape for m in moments] != [weight.shape, weight.shape, ()] or not moments[2] >= 0:
+        if not all(map(plain, moments)) or [m.shape for m in moments] != [weight.shape, weight.shape, ()] or not moments[2] >= 0:
             raise ValueError(f"the moments of weight {i} are not of its shape {tuple(weight.shape)}")
     settings = {key: value for key, value in group.items() if key != "params"} | dict(params=[*range(len(group["params"]))])
     optimizer.load_state_dict(dict(state=state["state"], param_groups=[settings]))
-    for moments in getattr(optimizer, "optim", optimizer).state.values():                       # the sharded optimiser leaves its step counts on the CPU
+    for moments in getattr(optimizer, "optim", optimizer).state.values():                       # sharded, it leaves them on the CPU
         moments["step"] = moments["step"].float().to(group["params"][0].device)
 
 
@@ -546,20 +540,27 @@ def load_parts(state, path, parts):
     """Networks and optimisers of a run, by the names they have in its checkpoint, take what it holds. Raises UserError."""
     try:
         for name, part in parts.items():
-            load_moments(part, state[name]) if isinstance(part, torch.optim.Optimizer) else part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                load_moments(part, state[name])
+            else:
+                part.load_state_dict(state[name])
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: this run cannot go on from it ({type(error).__name__}: {one_line(' '.join(str(error).split()))}); "
+        raise UserError(f"{path}: this run cannot go on from it ({type(error).__name__}: {one_line(error)}); "
                         "to start the stage anew, move it away") from None
 
 
-def resume(path, c, parts, listing, say):
-    """Take up a run where its checkpoint left it, if there is one.
+def resume(path, c, parts, listing, keep_precision, say):
+    """Take up a run where its checkpoint left it, if there is one, and with keep_precision in the precision that it had.
 
     -> (steps done, seconds, steps skipped, its packed RAE or None, the file that was used). Raises UserError.
     """
     state, used = newest(path, say)
     if state is None:
         return 0, 0.0, 0, None, path
+    need(isinstance(state, dict) and isinstance(state.get("config"), dict),
+         f"{used}: no checkpoint of train.py that could go on; name released weights with --teacher or --init, or give another --out")
+    if keep_precision and state["config"].get("precision") in ("fp32", "bf16"):
+        c["precision"] = state["config"]["precision"]
     start, seconds, skipped = progress_of(state, used, c)
     if start < c["steps"]:
         load_parts(state, used, parts)
@@ -613,7 +614,10 @@ class Recent:
 
     def add(self, step, values, times):
         """values: {name: tensor} with "loss" and "grad_norm"; times: (t, r) of each micro-batch, on the CPU, for steps that go wrong."""
-        spread = {name: [round(of(torch.cat(a)).item(), 4) for of in (torch.amin, torch.mean, torch.amax)] for name, a in zip("tr", zip(*times))}
+        spread = {}
+        for name, values_of in zip(("t", "r"), zip(*times)):
+            every = torch.cat(values_of)
+            spread[name] = [round(value.item(), 4) for value in (every.min(), every.mean(), every.max())]
         self.steps.append((step, torch.stack([v.float() for v in values.values()]), spread))
         self.names = [*values]
 
@@ -639,7 +643,8 @@ class Recent:
         if lost:
             line["skipped"] = lost
         now = time.perf_counter()
-        line |= dict(lr=lr, images_per_s=round(len(self.steps) * self.batch_size / (now - self.since), 1), seconds=round(now - self.start, 2))
+        speed = len(self.steps) * self.batch_size / (now - self.since)
+        line |= dict(lr=lr, images_per_s=round(speed, 1), seconds=round(now - self.start, 2))
         if torch.cuda.is_initialized():
             line["peak_GB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.steps, self.since = [], now
@@ -675,7 +680,7 @@ class Stop:
             signal.signal(number, handler)
 
     def agreed(self):
-        """The signal that any process has had, or 0; on all processes alike. Where one of them hangs, waiting for it ends in ProcessLost."""
+        """The signal that any process has had, or 0; on all processes alike. Waiting for one that hangs ends in ProcessLost."""
         number = torch.tensor(self.signal)
         if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)              # on the CPU: nothing waits for the GPU
@@ -692,9 +697,10 @@ def lost_process(error):
     """What an error says of the other processes or of memory, or None where it is about something else."""
     words = " ".join(str(error).split())
     if "can't allocate memory" in words:                            # on the CPU torch raises no OutOfMemoryError
-        return UserError(f"out of memory ({re.sub('.*DefaultCPUAllocator: ', '', words)[:150]}); give a smaller --batch_size, --micro_batch or --model")
+        words = re.sub(".*DefaultCPUAllocator: ", "", words)
+        return UserError(f"out of memory ({words[:150]}); give a smaller --batch_size, --micro_batch or --model")
     if re.search(r"DataLoader worker .*(exited|killed)", words):
-        return UserError(f"--workers: a process that reads images was killed, perhaps for want of memory ({words[:150]}); give fewer --workers")
+        return UserError(f"--workers: a process that reads images was killed, for want of memory perhaps ({words[:150]}); give fewer")
     if dist.is_initialized() and re.search(r"timed? ?out|peer|socket|gloo|NCCL|TCPStore", words, re.IGNORECASE):
         return ProcessLost(f"process {dist.get_rank()}: another process is dead, or hung for longer than --timeout ({words[:150]}); "
                            "the last checkpoint is kept: give the same command again, or torchrun --max_restarts")
@@ -740,10 +746,11 @@ def train(stage, args, data, stop):
     device, path = torch.device(args.device), Path(args.save_to) / f"{stage}.pt"
     say = (lambda text: tqdm.write(text, file=sys.stderr)) if rank == 0 else (lambda text: None)
     c = resolve(stage, args)
-    need(c["batch_size"] % world == 0, f"--batch_size {c['batch_size']}: cannot be divided among {world} processes; give a multiple of {world}")
-    share = c["batch_size"] // world                                # samples of a step on this process
-    micro = min(args.micro_batch or share, share)                   # of these, so many at a time
-    need(share % micro == 0, f"--micro_batch {micro}: does not divide the {share} samples of each process")
+    need(c["batch_size"] % world == 0,
+         f"--batch_size {c['batch_size']}: cannot be divided among {world} processes; give a multiple of {world}")
+    local_batch = c["batch_size"] // world                          # samples of a step on this process
+    micro = min(args.micro_batch or local_batch, local_batch)       # of these, so many at a time
+    need(local_batch % micro == 0, f"--micro_batch {micro}: does not divide the {local_batch} samples of each process")
 
     # Networks. A random start is a function of (seed, stage).
     torch.manual_seed(zlib.crc32(f"{stage} {args.seed} start".encode()))
@@ -771,7 +778,7 @@ def train(stage, args, data, stop):
 
     # Resume
     listing = data.listing if data else ""
-    start, seconds, skipped, packed, used = resume(path, c, parts, listing, say)
+    start, seconds, skipped, packed, used = resume(path, c, parts, listing, args.keep_precision, say)
     if start >= c["steps"]:
         return say(f"{path}: complete, {start} steps")
     if start and stage not in ON_IMAGES:                            # the RAE that it was started with
@@ -803,27 +810,33 @@ def train(stage, args, data, stop):
         if data.latents is None:
             data.latents = torch.cat([z.cpu() for z in in_batches(images, c["resolution"], device, encode, "encode")])
         images = data.latents                                       # (N, C, G, G)
-    samples = Samples(stage, args.seed, images, data and labels_among(classes, data), len(classes), c["resolution"], latent_shape,
-                      num_uniform=dict(mid=c.get("pairs"), rae=13).get(stage, 2), gap_share=c["gap_share"],
-                      label_drop=0.0 if stage in ON_IMAGES else c["label_drop"])
-    numbers = (range(first, first + micro) for step in range(start, c["steps"]) for first in
-               range(step * c["batch_size"] + rank * share, step * c["batch_size"] + (rank + 1) * share, micro))
+    samples = Samples(stage, args.seed, images, labels=data and labels_among(classes, data), num_classes=len(classes), size=c["resolution"],
+                      noise_shape=latent_shape, num_uniform=dict(mid=c.get("pairs"), rae=13).get(stage, 2),
+                      label_drop=0.0 if stage in ON_IMAGES else c["label_drop"], gap_share=c["gap_share"])
+    def numbers():
+        """Of each micro-batch of this process, the numbers of its samples."""
+        for step in range(start, c["steps"]):
+            first = step * c["batch_size"] + rank * local_batch
+            yield from (range(first + done, first + done + micro) for done in range(0, local_batch, micro))
     workers = args.workers if isinstance(images, list) else 0
-    batches = iter(DataLoader(samples, batch_sampler=numbers, num_workers=workers, worker_init_fn=deaf, pin_memory=device.type == "cuda",
+    batches = iter(DataLoader(samples, batch_sampler=numbers(), num_workers=workers, worker_init_fn=deaf, pin_memory=device.type == "cuda",
                               prefetch_factor=4 if workers else None))
 
-    recent, step, ending, bad, named = Recent(stage, c["batch_size"], seconds, skipped), start, 0, set(), set()
+    recent = Recent(stage, c["batch_size"], seconds, skipped)
+    bad, named = set(), set()                                       # unreadable files, and those of them that the log has named
+    step, ending = start, 0
     bar = tqdm(total=c["steps"], initial=start, desc=stage, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10)
     while step < c["steps"] and not ending:
-        judged, opposed = (discriminator and step >= c[key] * c["steps"] for key in ("discriminator_from", "gan_from"))
+        judged = discriminator and step >= c["discriminator_from"] * c["steps"]                 # the discriminator learns
+        opposed = discriminator and step >= c["gan_from"] * c["steps"]                          # the decoder listens to it
         for group in optimizer.param_groups + (d_optimizer.param_groups if discriminator else []):
             group["lr"] = learning_rate(step, c)
         totals, times = {}, []
-        for first in range(0, share, micro):
+        for first in range(0, local_batch, micro):
             batch = next(batches)
             for net in (wrapped, d_wrapped):                        # processes add up their gradients after the last micro-batch
                 if isinstance(net, DistributedDataParallel):
-                    net.require_backward_grad_sync = first + micro == share
+                    net.require_backward_grad_sync = first + micro == local_batch
             bad.update("".join(batch["bad"]).splitlines())
             y, noise = (batch[key].to(device, non_blocking=True) for key in ("label", "noise"))     # (B,), (B, C, G, G)
             if stage != "mid":
@@ -832,33 +845,35 @@ def train(stage, args, data, stop):
                     x = x.float() / 255                                                             # (B, 3, S, S)
                 if stage not in ON_IMAGES and images is not data.latents:
                     x = encode(x)                                                                   # (B, C, G, G)
-            if stage == "encoder":
-                loss, metrics = student(x, y, noise, c["noise"])
-            elif stage == "rae":
-                uniform = batch["uniform"].to(device)                                               # (B, 13): crop 0 1, noise level 2, augment 3..
-                decoded = student(encode(x) + c["noise"] * uniform[:, 2].view(-1, 1, 1, 1) * noise) # (B, 3, S, S), from latents not yet normalised
-                judge = lambda images: in_precision(discriminator.eval())(augment(images, uniform[:, 3:8]))
-                loss, metrics = reconstruction_loss(decoded, x, perceptual, c["perceptual"], judge if opposed else None, c["adversarial"],
-                                                    trained.head.weight)
-            elif stage == "flow":
+            if stage == "flow":
                 t = r = flow_matching_times(batch["uniform"][:, 0], alpha)                          # (B,) on the CPU
                 loss, metrics = flow_matching_loss(student, x, y, alpha, t, noise)
             elif stage == "mid":
                 pairs = (batch["uniform"] * (c["nodes"] * (c["nodes"] - 1) // 2)).long()            # (B, pairs)
-                t, r = shift_time(1 - torch.triu_indices(c["nodes"], c["nodes"], 1)[:, pairs] / (c["nodes"] - 1), alpha)    # (B, pairs), for the log
+                nodes = torch.triu_indices(c["nodes"], c["nodes"], 1)[:, pairs] / (c["nodes"] - 1)
+                t, r = shift_time(1 - nodes, alpha)                                                 # 2 x (B, pairs), for the log
                 loss, metrics = mid_training_loss(student, teacher, noise, y, alpha, c["nodes"], pairs=pairs, solver=c["solver"])
-            else:
+            elif stage in ("distill", "bootstrap"):
                 t, r = mean_flow_times(batch["uniform"].T, batch["keep_gap"], alpha)                # (B,), (B,) on the CPU
-                loss, metrics = mean_flow_loss(student, x, y, alpha, teacher if stage == "distill" else None, args.derivative,
+                loss, metrics = mean_flow_loss(student, x, y, alpha, teacher, c["derivative"],
                                                c["delta"], t, r, noise, power=c["power"])
-            (loss * micro / share).backward()
+            elif stage == "encoder":
+                loss, metrics = student(x, y, noise, c["noise"])
+            else:                                                                                   # rae
+                uniform = batch["uniform"].to(device, non_blocking=True)                            # (B, 13): see Samples
+                level = c["noise"] * uniform[:, 2].view(-1, 1, 1, 1)                                # (B, 1, 1, 1)
+                decoded = student(encode(x) + level * noise)                                        # (B, 3, S, S); no normalisation yet
+                judge = lambda images: in_precision(discriminator.eval())(augment(images, uniform[:, 3:8]))
+                loss, metrics = reconstruction_loss(decoded, x, perceptual, c["perceptual"], judge if opposed else None, c["adversarial"],
+                                                    trained.head.weight)
+            (loss * micro / local_batch).backward()
             if judged:
                 d_loss, d_metrics = discriminator_loss(in_precision(d_wrapped.train()), augment(x, uniform[:, 8:13]),
                                                        augment(decoded.detach(), uniform[:, 3:8]))
-                (d_loss * micro / share).backward()
+                (d_loss * micro / local_batch).backward()
                 metrics |= d_metrics
             for key, value in (("loss", loss.detach()), *metrics.items()):
-                totals[key] = totals.get(key, 0) + value.float() * micro / share
+                totals[key] = totals.get(key, 0) + value.float() * micro / local_batch
             if alpha:
                 times.append((t, r))
         grad_norm = nn.utils.clip_grad_norm_(weights, c["clip"] or math.inf)
@@ -870,13 +885,13 @@ def train(stage, args, data, stop):
             values /= world
         broken = ~values.sum().isfinite()                           # the same on all processes; such a step changes no weight and no moment
         for one in (optimizer, d_optimizer) if judged else (optimizer,):
-            getattr(one, "optim", one).found_inf = broken.float()   # read by the fused AdamW, on the device: nothing waits for it
+            getattr(one, "optim", one).found_inf = broken.float()   # what a GradScaler sets; the fused AdamW reads it on the device
             one.step()
             one.zero_grad()
         if judged and world > 1:                                    # the running means of its batch norms are the first process's
             for buffer in discriminator.heads.buffers():
                 dist.broadcast(buffer, 0)
-        torch._foreach_lerp_(ema_weights, [w.detach() for w in weights], 1 - c["ema"])
+        torch._foreach_lerp_(ema_weights, [w.detach() for w in weights], 1 - c["ema"])          # all of them in one call
         step += 1
         bar.update()
 
@@ -894,6 +909,7 @@ def train(stage, args, data, stop):
                 add_to_log(path, line, safely=saving)
             if wandb_run:
                 wandb_run.log(line, step=step)
+        clock = time.perf_counter()
         if saving:
             if stage == "rae" and last:
                 measure_latents(rae, encode, data, c, device, workers)
@@ -901,8 +917,9 @@ def train(stage, args, data, stop):
             if args.shard and world > 1:
                 optimizer.consolidate_state_dict(to=0)
             if rank == 0:
-                content = dict(stage=stage, step=step, seconds=time.perf_counter() - recent.start, skipped=recent.skipped, listing=listing, config=c,
-                               classes=classes, alpha=alpha, random=dict(seed=args.seed, next_sample=step * c["batch_size"]))
+                content = dict(stage=stage, config=c, step=step, seconds=time.perf_counter() - recent.start, skipped=recent.skipped,
+                               random=dict(seed=args.seed, next_sample=step * c["batch_size"]), listing=listing,
+                               classes=classes, alpha=alpha)
                 content |= {name: part.state_dict() for name, part in parts.items()}
                 if stage != "encoder" and (stage != "rae" or last):
                     content["rae"] = rae.packed()
@@ -916,6 +933,7 @@ def train(stage, args, data, stop):
             if rank == 0:
                 say(f"{stage}, step {step}: {json.dumps(scores)}")
                 add_to_log(path, dict(step=step, scores=scores))
+        recent.since += time.perf_counter() - clock                 # images/s leave out what is not training
     bar.close()
     if ending:
         say(f"{stage}: {signal.Signals(ending).name}, saved at step {step}; the same command goes on")
@@ -932,8 +950,8 @@ def report(args, data):
     if args.data:
         images, labels, steps = data.images, data.labels, 250 * PHOTOGRAPHS
     else:                                                           # pictures that no stage has seen
-        images, labels = make_toy_images(500 if args.dry_run else 10_000, args.seed + 2)
-        images, labels, steps = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels), 250
+        images, labels = toy_tensors(500 if args.dry_run else 10_000, args.seed + 2)
+        steps = 250
     classifier = train_classifier(images, labels, len(data.classes), 2 if args.dry_run else steps, args.device)
     side_by_side(args.report or args.save_to, data.held_out, data.classes, classifier, args.save_to, args.device, args.seed, args.precision,
                  num=100 if args.dry_run else 1000)
@@ -946,7 +964,8 @@ def published_mean_flow_loss(student, x, y, alpha, teacher, t, r, noise, delta=5
     """E5 as published: all samples, three copies of each with a graph, most of which is then thrown away. For --bench alone."""
     z, v = (1 - expand(t, x)) * x + expand(t, x) * noise, noise - x
     v = v if teacher is None else teacher(z, t, y)
-    u, after, before = student(torch.cat([z, z + delta * v, z - delta * v]), torch.cat([t, t + delta, t - delta]), y.repeat(3), r.repeat(3)).chunk(3)
+    three_z, three_t = torch.cat([z, z + delta * v, z - delta * v]), torch.cat([t, t + delta, t - delta])       # (3 B, C, G, G), (3 B,)
+    u, after, before = student(three_z, three_t, y.repeat(3), r.repeat(3)).chunk(3)
     target = (v - expand(t - r, x) * (after - before) / (2 * delta)).detach()
     return ((u - target).square().flatten(1).sum(1) + 1e-3).log().mean()
 
@@ -956,8 +975,9 @@ def bench_step(stage, form, args):
     c, device = resolve(stage, args), torch.device(args.device)
     grid, channels = (4, TOY_CHANNELS) if args.toy else (args.resolution // 16, 768)
     torch.manual_seed(0)
-    make = lambda average: DiTDH(grid, channels, num_classes=1000, average_velocity=average, **MODELS[c["model"]]).to(device)
-    trained, teacher = make(stage != "flow").train(), make(False).requires_grad_(False) if stage in ("mid", "distill") else None
+    size = dict(input_size=grid, in_channels=channels, num_classes=1000, **MODELS[c["model"]])
+    trained = DiTDH(**size, average_velocity=stage != "flow").to(device).train()
+    teacher = DiTDH(**size).to(device).requires_grad_(False) if stage in ("mid", "distill") else None
     trained.checkpointing = args.checkpointing
     ema = copy.deepcopy(trained).requires_grad_(False)
     weights, ema_weights = list(trained.parameters()), list(ema.parameters())
@@ -966,8 +986,9 @@ def bench_step(stage, form, args):
         weight.grad = torch.zeros_like(weight)
     optimizer.step()                                                # so that the moments are there before anything is measured
     optimizer.zero_grad()
-    student, teacher = (net and evaluated(torch.compile(net) if args.compile else net, device.type, c["precision"]) for net in (trained, teacher))
-    num, alpha = c["batch_size"], 6.93
+    compiled = torch.compile if args.compile else lambda net: net
+    student, teacher = (net and evaluated(compiled(net), device.type, args.precision) for net in (trained, teacher))
+    num, alpha = c["batch_size"], alpha_of(768, 16)
     x, noise, y = *torch.randn(2, num, channels, grid, grid, device=device), torch.randint(1000, (num,), device=device)
     t, r = mean_flow_times(torch.rand(2, num), torch.arange(num) % 4 == 3, alpha)               # (num,), (num,): a quarter has r < t
     pairs = torch.randint(136, (num, c.get("pairs", 1)), device=device)
@@ -1015,14 +1036,14 @@ def bench(args):
     size, dtype = (1024 if args.device == "cpu" else 8192), torch.bfloat16 if args.precision == "bf16" else torch.float32
     a = torch.randn(size, size, device=device, dtype=dtype)
     peak = 2 * size**3 / min(seconds(lambda: a @ a) for _ in range(20)) / 1e12
-    say = lambda text: tqdm.write(text, file=sys.stdout)
-    say(f"{args.model or ('toy' if args.toy else 'XL')}, {'toy' if args.toy else args.resolution}, {args.precision}, {args.device}, matrix product of {size}: {peak:.2f} TFLOP/s\n")
-    say(f"{'stage':10} {'form':10} {'ms/step':>9} {'images/s':>9} {'peak GB':>8} {'of a step':>10} {'TFLOP/s':>8} {'of peak':>8} {'time x':>7} {'memory x':>9}")
+    say, model = partial(tqdm.write, file=sys.stdout), args.model or ("toy" if args.toy else "XL")
+    say(f"{model}, {32 if args.toy else args.resolution}, {args.precision}, {args.device}; matrix product of {size}: {peak:.2f} TFLOP/s\n")
+    say(f"{'stage':10} {'form':10} {'ms/step':>9} {'images/s':>9} {'peak GB':>8} {'of a step':>10} {'TFLOP/s':>8} {'of peak':>8} "
+        f"{'time x':>7} {'memory x':>9}")
     rows = []
     for stage in [args.stage] if args.stage else ["flow", "mid", "distill", "bootstrap"]:
         forms = ["ours", "published"] if stage in ("distill", "bootstrap") else ["ours"]
-        steps = {form: bench_step(stage, form, args) for form in forms}
-        flops, times = {}, {form: [] for form in forms}
+        steps, flops, times = {form: bench_step(stage, form, args) for form in forms}, {}, {form: [] for form in forms}
         for form in forms:
             with FlopCounterMode(display=False) as counter:
                 steps[form][0]()
@@ -1031,19 +1052,22 @@ def bench(args):
             for form in forms:                                      # in turn, so that a slow minute slows both
                 times[form].append(seconds(steps[form][0]))
         samples = steps["ours"][1]
-        del steps
+        del steps                                                   # the memory is that of fresh processes
         for form in forms:
             torch.cuda.empty_cache()
             with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
                 total, above = fresh.submit(bench_memory, stage, form, args).result()
             second = float(np.median(times[form]))
-            rows.append(dict(stage=stage, form=form, ms=1000 * second, images_per_s=samples / second, peak_GB=total, step_GB=above, tflops=flops[form] / second / 1e12))
-            ratios = dict(time_ratio=second / (rows[-2]["ms"] / 1000), memory_ratio=above / rows[-2]["step_GB"]) if form == "published" else {}
-            rows[-1] |= dict(share_of_peak=rows[-1]["tflops"] / peak, **ratios)
-            say(f"{stage:10} {form:10} {1000 * second:9.1f} {samples / second:9.1f} {total:8.2f} {above:10.2f} {rows[-1]['tflops']:8.3f} {rows[-1]['share_of_peak']:8.1%}"
-                + "".join(f" {ratios[k]:{w}.2f}" for k, w in (("time_ratio", 7), ("memory_ratio", 9)) if ratios))
-    say(json.dumps(dict(device=args.device, model=args.model, batch_size=args.batch_size, precision=args.precision, derivative=args.derivative, compile=args.compile,
-                        matmul_tflops=peak, torch=torch.__version__, rows=rows)))
+            row = dict(stage=stage, form=form, ms=1000 * second, images_per_s=samples / second, peak_GB=total, step_GB=above,
+                       tflops=flops[form] / second / 1e12, share_of_peak=flops[form] / second / 1e12 / peak)
+            text = "{stage:10} {form:10} {ms:9.1f} {images_per_s:9.1f} {peak_GB:8.2f} {step_GB:10.2f} {tflops:8.3f} {share_of_peak:8.1%}"
+            if form == "published":
+                row |= dict(time_ratio=row["ms"] / rows[-1]["ms"], memory_ratio=above / rows[-1]["step_GB"])
+                text += " {time_ratio:7.2f} {memory_ratio:9.2f}"
+            rows.append(row)
+            say(text.format(**row))
+    settings = {key: getattr(args, key) for key in ("device", "batch_size", "precision", "derivative", "compile")}
+    say(json.dumps(dict(settings, model=model, matmul_tflops=peak, torch=torch.__version__, rows=rows)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1068,100 +1092,77 @@ def set_backends(args):
         torch.backends.cuda.enable_flash_sdp(False)                    # despite the name also the CPU's, slow at few tokens
 
 
-def non_negative(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
-    return value
-
-
-def positive(text):
-    if not non_negative(text):
-        raise argparse.ArgumentTypeError("must be positive")
-    return float(text)
-
-
 def build_parser():
     title, paper, stages, examples, writes = __doc__.strip().split("\n\n")
     parser = Parser(description=f"{title}\n\n{stages}", epilog=f"examples:\n{examples}\n\n{writes}")
-    what = parser.add_argument_group("what to train")
-    what.add_argument("--stage", metavar="STAGE", choices=[*TOY], help="one stage (default with --toy: all of them in turn, then a report)")
-    what.add_argument("--toy", action="store_true", help="small networks, 32 x 32 images, a CPU")
-    what.add_argument("--resolution", metavar="N", type=at_least(32), default=256, help="side of the images, a multiple of 16 pixels (default 256; published: 256, 512)")
-    what.add_argument("--data", metavar="DIR", help="folder with one folder of images for each class (default with --toy: drawn pictures)")
-    what.add_argument("--model", metavar="SIZE", choices=[*{**DECODERS, **MODELS}], help="size of the network to train: S, B, XL, of the decoder also L (default XL; with --toy: toy)")
-    what.add_argument("--out", metavar="DIR", help="folder of the checkpoints (default out/toy, out/photographs, out/256 or out/512)")
-    start = parser.add_argument_group("what to start from (default: the checkpoints in OUT, then the published weights)")
-    start.add_argument("--init", metavar="PATH", help="checkpoint to start the network from, or none: random")
-    start.add_argument("--teacher", metavar="PATH", help="checkpoint of the velocity network, ours or published")
-    start.add_argument("--rae", metavar="PATH", help="checkpoint with the RAE, or a folder laid out like the hub repository")
-    start.add_argument("--encoder", metavar="NAME", help=f"for the stage rae: a vision transformer of timm (default {DINOV2})")
-    start.add_argument("--encoder_weights", metavar="FILE", help="local file with the encoder's weights, or random (default: timm's hub)")
-    start.add_argument("--vgg_weights", metavar="FILE", help="the same for VGG-16, whose features LPIPS compares")
-    start.add_argument("--lpips_weights", metavar="FILE", help="the same for the linear heads of LPIPS")
-    start.add_argument("--dino_weights", metavar="FILE", help="the same for DINO ViT-S/8, on which the discriminator stands")
-    how = parser.add_argument_group("how (defaults: the tables at the top of train.py)")
-    how.add_argument("--steps", metavar="N", type=at_least(1), help="optimiser steps of a stage (default: the tables' row)")
-    how.add_argument("--batch_size", metavar="N", type=at_least(1), help="samples a step over all processes; for mid, trajectories (default: the tables' row)")
-    how.add_argument("--micro_batch", metavar="N", type=at_least(1), help="samples at a time on a process; the rest by accumulation (default: all)")
-    how.add_argument("--lr", metavar="X", type=positive, help="peak learning rate (default: the tables' row)")
-    how.add_argument("--derivative", choices=("jvp", "fd"), default="jvp", help="du/dt: exact, or central difference (default jvp)")
-    how.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32; on a CPU that is fast at it, bf16)")
-    how.add_argument("--delta", metavar="X", type=positive, help="step of the central difference (default 0.005)")
-    how.add_argument("--gap_share", metavar="X", type=non_negative, help="share of samples with r < t (default 0.25)")
-    how.add_argument("--power", metavar="X", type=non_negative, help="of the adaptive weighting: 1 is log L, 0 the plain squared error (default 1; toy 0)")
-    how.add_argument("--nodes", metavar="N", type=at_least(3), help="points of a teacher's trajectory in mid (default 17)")
-    how.add_argument("--solver", choices=("euler", "heun"), help="of these trajectories; heun evaluates the teacher twice a step (default euler)")
-    how.add_argument("--guidance", metavar="X", type=non_negative, help="classifier-free guidance of the teacher in mid and distill (default 1: none)")
-    how.add_argument("--perceptual", metavar="X", type=non_negative, help="weight of LPIPS in the stage rae (default 1; 0 leaves it out)")
-    how.add_argument("--adversarial", metavar="X", type=non_negative, help="weight of the adversarial loss in the stage rae (default 0.75; 0 leaves it out)")
-    how.add_argument("--checkpointing", action="store_true", help="keep no activations inside blocks: less memory, a third more time")
-    how.add_argument("--shard", action="store_true", help="divide the optimiser's moments among the processes")
-    how.add_argument("--compile", action="store_true", help="torch.compile the trained network")
-    how.add_argument("--seed", metavar="N", type=at_least(0), default=0, help="of all random draws (default 0)")
-    how.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
-    how.add_argument("--workers", metavar="N", type=at_least(0), help="processes a rank that read images from files (default: 8, if there are cores for them)")
-    how.add_argument("--timeout", metavar="X", type=positive, default=30, help="minutes that processes wait for one of them before they give up (default 30)")
-    watch = parser.add_argument_group("what to write")
-    watch.add_argument("--save_every", metavar="N", type=at_least(1), help="steps between checkpoints (default 2500; with --toy 500)")
-    watch.add_argument("--sample_every", metavar="N", type=at_least(1), help="steps between pictures (default 2500; with --toy 500)")
-    watch.add_argument("--log_every", metavar="N", type=at_least(1), help="steps between lines of the log (default 50; with --toy 10)")
-    watch.add_argument("--eval_every", metavar="N", type=at_least(1), help="steps between scores of samples against --ref (default: never)")
-    watch.add_argument("--ref", metavar="PATH", help="reference of the scores: folder, npz or statistics, as fid.py takes it")
-    watch.add_argument("--eval_num", metavar="N", type=at_least(1), default=50_000, help="samples to score (default 50000)")
-    watch.add_argument("--eval_features", metavar="NAME", default="inception", help="as fid.py's --features (default inception)")
-    watch.add_argument("--eval_weights", metavar="FILE", help="as fid.py's --weights")
-    watch.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
-    watch.add_argument("--bench", action="store_true", help="train nothing: time and memory of a step, beside the published code's form of it")
-    watch.add_argument("--report", nargs="+", metavar="CKPT", help="with --toy: train nothing, print the table's rows of these checkpoints")
-    watch.add_argument("--dry_run", action="store_true", help="one step of everything, written to a temporary folder and deleted")
+    add = parser.add_argument_group("what to train").add_argument
+    add("--stage", metavar="STAGE", choices=[*TOY], help="one stage (default with --toy: all of them in turn, then a report)")
+    add("--toy", action="store_true", help="small networks, 32 x 32 images, a CPU")
+    add("--resolution", metavar="N", type=at_least(32, 4096), default=256, help="side of the images, a multiple of 16 pixels (default 256)")
+    add("--data", metavar="DIR", help="folder with one folder of images for each class (default with --toy: drawn pictures)")
+    add("--model", metavar="SIZE", choices=[*{**DECODERS, **MODELS}], help="S, B, XL, of the decoder also L (default XL; with --toy: toy)")
+    add("--out", metavar="DIR", help="folder of the checkpoints (default out/toy, out/photographs, out/256 or out/512)")
+    add = parser.add_argument_group("what to start from (default: the checkpoints in OUT, then the published weights)").add_argument
+    add("--init", metavar="PATH", help="checkpoint to start the network from, or none: random")
+    add("--teacher", metavar="PATH", help="checkpoint of the velocity network, ours or published")
+    add("--rae", metavar="PATH", help="checkpoint with the RAE, or a folder laid out like the hub repository")
+    add("--encoder", metavar="NAME", help=f"for the stage rae: a vision transformer of timm (default {DINOV2})")
+    add("--encoder_weights", metavar="FILE", help="local file with the encoder's weights, or random (default: timm's hub)")
+    add("--vgg_weights", metavar="FILE", help="the same for VGG-16, whose features LPIPS compares")
+    add("--lpips_weights", metavar="FILE", help="the same for the linear heads of LPIPS")
+    add("--dino_weights", metavar="FILE", help="the same for DINO ViT-S/8, on which the discriminator stands")
+    add = parser.add_argument_group("how (defaults: the tables at the top of train.py)").add_argument
+    add("--steps", metavar="N", type=at_least(1), help="optimiser steps of a stage (default: the tables' row)")
+    add("--batch_size", metavar="N", type=at_least(1, 10**6), help="samples a step, all processes; of mid, trajectories (default: row)")
+    add("--micro_batch", metavar="N", type=at_least(1), help="samples at a time on a process, gradients add up (default: all)")
+    add("--lr", metavar="X", type=between(1e-12, 1e3), help="peak learning rate (default: the tables' row)")
+    add("--derivative", choices=("jvp", "fd"), default="jvp", help="du/dt: exact, or central difference (default jvp)")
+    add("--precision", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32; on a CPU that is fast at it, bf16)")
+    add("--delta", metavar="X", type=between(1e-12, 1), help="step of the central difference (default 0.005)")
+    add("--gap_share", metavar="X", type=between(0, 1), help="share of samples with r < t (default 0.25)")
+    add("--power", metavar="X", type=between(0, 1), help="of the weighting: 1 is log L, 0 the squared error (default 1; toy 0)")
+    add("--nodes", metavar="N", type=at_least(3, 1000), help="points of a teacher's trajectory in mid (default 17)")
+    add("--solver", choices=("euler", "heun"), help="of these trajectories; heun: two evaluations a step (default euler)")
+    add("--guidance", metavar="X", type=between(0, 1e3), help="classifier-free, of the teacher in mid and distill (default 1: none)")
+    add("--perceptual", metavar="X", type=between(0, 1e6), help="weight of LPIPS in the stage rae (default 1; 0 leaves it out)")
+    add("--adversarial", metavar="X", type=between(0, 1e6), help="the same of the adversarial loss (default 0.75)")
+    add("--checkpointing", action="store_true", help="keep no activations inside blocks: less memory, a third more time")
+    add("--shard", action="store_true", help="divide the optimiser's moments among the processes")
+    add("--compile", action="store_true", help="torch.compile the trained network")
+    add("--seed", metavar="N", type=at_least(0), default=0, help="of all random draws (default 0)")
+    add("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
+    add("--workers", metavar="N", type=at_least(0, 1000), help="processes a rank that read files (default: 8, if there are cores)")
+    add("--timeout", metavar="X", type=between(1e-3, 1e6), default=30, help="minutes to wait for a process that hangs (default 30)")
+    add = parser.add_argument_group("what to write").add_argument
+    add("--save_every", metavar="N", type=at_least(1), help="steps between checkpoints (default 2500; with --toy 500)")
+    add("--sample_every", metavar="N", type=at_least(1), help="steps between pictures (default 2500; with --toy 500)")
+    add("--log_every", metavar="N", type=at_least(1), help="steps between lines of the log (default 50; with --toy 10)")
+    add("--eval_every", metavar="N", type=at_least(1), help="steps between scores of samples against --ref (default: never)")
+    add("--ref", metavar="PATH", help="reference of the scores: folder, npz or statistics, as fid.py takes it")
+    add("--eval_num", metavar="N", type=at_least(1, 10**7), default=50_000, help="samples to score (default 50000)")
+    add("--eval_features", metavar="NAME", default="inception", help="as fid.py's --features (default inception)")
+    add("--eval_weights", metavar="FILE", help="as fid.py's --weights")
+    add("--wandb", action="store_true", help="also log to Weights & Biases")
+    add("--bench", action="store_true", help="train nothing: time and memory of a step, beside the published form of it")
+    add("--report", nargs="+", metavar="CKPT", help="with --toy: train nothing, print the table's rows of these checkpoints")
+    add("--dry_run", action="store_true", help="one step of everything, written to a temporary folder and deleted")
     return parser
 
 
 def parse_arguments():
     """The flags, held against each other. Raises UserError."""
     args = build_parser().parse_args()
-    if bool(args.eval_every) != bool(args.ref) or args.eval_every and args.stage in (None, "encoder", "rae"):
-        raise UserError("--eval_every: needs --ref, and --stage flow, mid, distill or bootstrap")
-    if args.report and not args.toy:
-        raise UserError("--report: needs --toy; sample.py and fid.py score other checkpoints")
-    if args.bench and args.stage in ("encoder", "rae"):
-        raise UserError(f"--bench: measures flow, mid, distill and bootstrap, not {args.stage}")
-    if not (args.stage or args.toy or args.bench):
-        raise UserError("give --stage, or --toy for all stages on a CPU (see --help)")
-    if args.stage == "encoder" and not args.toy:
-        raise UserError("--stage encoder belongs to --toy; at ImageNet size the encoder is DINOv2, as it is")
-    if args.encoder and (args.toy or args.stage != "rae"):
-        raise UserError(f"--encoder {args.encoder}: belongs to --stage rae without --toy; later stages use the encoder of their RAE")
-    if args.resolution % 16:
-        raise UserError(f"--resolution {args.resolution}: must be a multiple of 16")
-    for flag, most in dict(gap_share=1, power=1, resolution=4096, batch_size=10**6, nodes=1000, eval_num=10**7, workers=1000, timeout=10**6).items():  # more is a slip
-        if (getattr(args, flag) or 0) > most:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be {'between 0 and 1' if most == 1 else f'at most {most}'}")
-    args.out = args.out or ("out/photographs" if args.data else "out/toy") * args.toy or f"out/{args.resolution}"
+    need(bool(args.eval_every) == bool(args.ref) and not (args.eval_every and args.stage in (None, *ON_IMAGES)),
+         "--eval_every: needs --ref, and --stage flow, mid, distill or bootstrap")
+    need(args.toy or not args.report, "--report: needs --toy; sample.py and fid.py score other checkpoints")
+    need(not args.bench or args.stage not in ON_IMAGES, f"--bench: measures flow, mid, distill and bootstrap, not {args.stage}")
+    need(args.stage or args.toy or args.bench, "give --stage, or --toy for all stages on a CPU (see --help)")
+    need(args.toy or args.stage != "encoder", "--stage encoder belongs to --toy; at ImageNet size the encoder is DINOv2, as it is")
+    need(not args.encoder or args.stage == "rae" and not args.toy,
+         f"--encoder {args.encoder}: belongs to --stage rae without --toy; later stages use the encoder of their RAE")
+    need(args.resolution % 16 == 0, f"--resolution {args.resolution}: must be a multiple of 16")
+    if not args.out:
+        args.out = ("out/photographs" if args.data else "out/toy") if args.toy else f"out/{args.resolution}"
     for flag, toy, paper in (("save_every", 500, 2500), ("sample_every", 500, 2500), ("log_every", 10, 50)):
         setattr(args, flag, getattr(args, flag) or (toy if args.toy else paper))
     if args.workers is None:
@@ -1176,6 +1177,7 @@ def main():
     args = parse_arguments()
     fid.join_processes(timedelta(minutes=args.timeout))
     args.device = pick_device(args.device)
+    args.keep_precision = args.precision is None
     args.precision = args.precision or ("bf16" if args.device == "cpu" and args.toy and bf16_pays() else "fp32")
     set_backends(args)
     if args.bench:
