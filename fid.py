@@ -15,6 +15,7 @@ train.py scores its samples by the same Scorer as the commands.
 import atexit
 import hashlib
 import json
+import math
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -33,14 +34,17 @@ from torch.backends import cudnn
 from torchvision.models import Inception3
 from tqdm import tqdm
 
-from rae import (Parser, ProcessLost, at_least, download, known_to_timm, load_file, load_rae, need, pick_device, read_image, reading,
-                 run_main, timm_network)
+from rae import (Parser, ProcessLost, at_least, download, known_to_timm, load_file, load_rae, need, one_line, pick_device, read_image,
+                 reading, run_main, timm_network)
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the end of the name is the start of the file's sha256
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
 DINO = "vit_large_patch14_dinov2.lvd142m"  # CLS token at 224, the extractor of Stein et al. 2023, arXiv 2306.04675
 
-# --- 1. Inception: torchvision's, with the resize, the pooling and the 1008 outputs of December 2015 ------------------
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inception: torchvision's, with the resize, the pooling and the 1008 outputs of December 2015
+
 def resize_tensorflow1(images, size=299):
     """Bilinear resize as in TensorFlow 1: output pixel i samples the input at i * in / out, no half-pixel centres.
     Float (N, C, H, W), any range -> (N, C, size, size), same range. It shifts the image by up to half a pixel, and that
@@ -54,6 +58,20 @@ def resize_tensorflow1(images, size=299):
     rows = images[..., left] + (images[..., right] - images[..., left]) * across  # (N, C, H, size)
     return rows[:, :, top] + (rows[:, :, bottom] - rows[:, :, top]) * down[:, None]  # (N, C, size, size)
 
+
+def use_pooling(block, pool):
+    """Give a block's branch_pool pool(x) of the block's input x; torchvision's own average counts the zero padding, ours must not."""
+    def remember(block, inputs):
+        block.pool_input = inputs[0]
+
+    def replace(branch, inputs):
+        x, block.pool_input = block.pool_input, None
+        return pool(x)
+    block.pool_input = None
+    block.register_forward_pre_hook(remember)
+    block.branch_pool.register_forward_pre_hook(replace)
+
+
 class Inception(Inception3):
     """Inception v3 of 2015-12-05. load_state_dict takes INCEPTION_FILE strictly; until then the weights are random.
     forward: uint8 (N, 3, H, W) -> dict of float32; ValueError on anything else.
@@ -66,13 +84,9 @@ class Inception(Inception3):
     """
     def __init__(self):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
-        average = lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # torchvision's counts the zero padding
-        maximum = lambda x: F.max_pool2d(x, 3, 1, 1)  # an oddity of the last block in 2015
-        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c"):
-            block, pool = getattr(self, "Mixed_" + name), maximum if name == "7c" else average
-            # torchvision's block pools its input x in its own way: hand branch_pool the right pooling of x instead
-            block.register_forward_pre_hook(lambda block, args: block.__dict__.update(x=args[0]))
-            block.branch_pool.register_forward_pre_hook(lambda _, args, b=block, p=pool: p(b.__dict__.pop("x")))
+        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+            use_pooling(getattr(self, "Mixed_" + name), lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+        use_pooling(self.Mixed_7c, lambda x: F.max_pool2d(x, 3, 1, 1))  # an oddity of 2015
         self.eval().requires_grad_(False)
 
     def forward(self, images):
@@ -86,12 +100,16 @@ class Inception(Inception3):
         pool = x.mean((2, 3))  # (N, 2048)
         return dict(pool=pool, spatial=spatial, logits=pool @ self.fc.weight.T)
 
+
 def check_images(images):
     good = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
     need(good, f"images: {images.dtype} {tuple(images.shape)} is not uint8 (N, 3, H, W); convert them first")
     return images
 
-# --- 2. Statistics: mean and covariance of a stream -------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics: mean and covariance of a stream
+
 class Statistics:
     """Count, mean (D,) and unbiased covariance (D, D) of features that arrive in batches, float64 on their device.
     update(features (B, D)) adds a batch, merge(other) another process's Statistics; both return self. A batch is centred
@@ -122,6 +140,7 @@ class Statistics:
     def covariance(self):
         return self.scatter / (self.count - 1)
 
+
 @contextmanager
 def exact(device):
     """No graph and full float32, whatever a training loop has set: no autocast, no TF32. Restores its settings."""
@@ -133,25 +152,6 @@ def exact(device):
     finally:
         torch.set_float32_matmul_precision(precision)
 
-def join_processes(timeout=timedelta(days=1)):
-    """Under torchrun: meet the other processes, and take the GPU of this one's rank. Raises UserError where there is none, ProcessLost where they do not come."""
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    if gpus:
-        need(local < gpus, f"--nproc_per_node: more processes than GPUs ({gpus}); give as many")
-        torch.cuda.set_device(local)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        try:
-            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # else a restart finds dead addresses in it
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout, store=store, rank=rank, world_size=world)
-        except (RuntimeError, ValueError) as error:
-            raise ProcessLost(f"process {os.environ.get('RANK')}: another process did not come, or is dead ({' '.join(str(error).split())[:150]}); "
-                              "start all of them, as torchrun does") from None
-        atexit.register(dist.destroy_process_group)
-
-def place():
-    """-> (rank of this process, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def measure(extract, batches, name="", keep=(), size=None):
     """The one road from images to numbers. extract: uint8 (B, 3, H, W) -> {part: (B, D)}, batches: an iterable of images.
@@ -159,7 +159,7 @@ def measure(extract, batches, name="", keep=(), size=None):
     ValueError on images that are not uint8, or not of one size (W, H), and on NaN."""
     statistics, kept = {}, {part: [] for part in keep}
     for batch in batches:
-        here = tuple(check_images(batch).shape[:1:-1])
+        here = check_images(batch).shape[3], batch.shape[2]
         size = size or here
         need(here == size, f"images: {here} pixels, not {size}; resize all to one size")
         with exact(batch.device):
@@ -171,6 +171,110 @@ def measure(extract, batches, name="", keep=(), size=None):
                 statistics.setdefault(part, Statistics(name)).update(x)
     need(statistics, "images: none for process {} of {}; give at least one to each".format(*place()))
     return statistics, {part: torch.cat(rows) for part, rows in kept.items() if rows}
+
+
+def feature_statistics(extract, images, batch_size=64, extractor=""):
+    """measure() for one kind of features. extract: uint8 (B, 3, H, W) -> (B, D). images: uint8 (N, 3, H, W), cut into
+    batches of batch_size, or an iterable of batches -> Statistics. extractor: its name. Of this process's images alone."""
+    batches = images.split(batch_size) if torch.is_tensor(images) else images
+    return measure(lambda x: dict(pool=extract(x)), batches, extractor)[0]["pool"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scores
+
+def root(sigma):
+    """R (D, rank) with R R^T = sigma (D, D), by Cholesky with pivoting: it stops where what is left is rounding, so a
+    covariance that is not of full rank costs no accuracy. (Eigenvectors, scaled by the roots of eigenvalues of 1e-16 that
+    should be 0, are off by 1e-8, and ten times slower.) ValueError where sigma has clearly negative eigenvalues."""
+    tolerance = 50 * np.finfo(float).eps * sigma.diagonal().max()
+    lower, order, rank, _ = lapack.dpstrf((sigma + sigma.T) / 2, tol=tolerance, lower=1)
+    r = np.empty((len(sigma), rank))
+    r[order - 1] = np.tril(lower)[:, :rank]
+    need(np.abs((r ** 2).sum() - np.trace(sigma)) <= 1e-3 * np.trace(sigma), "frechet_distance: a matrix that is not a "
+         "covariance, it has negative eigenvalues; check where it comes from")
+    return torch.from_numpy(r)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), a float >= 0. Means (D,), covariances (D, D).
+    The trace of the square root is the sum of the square roots of the eigenvalues of R1^T sigma2 R1, sigma1 = R1 R1^T, a
+    symmetric product; with sigma2 = R2 R2^T those roots are the singular values of R1^T R2, and no rounding error is
+    square-rooted. Float64; 1e-8 relative for any rank; 2048 dimensions take seconds.
+    ValueError on shapes that do not match and on NaN. Source: Heusel et al. 2017, arXiv 1706.08500."""
+    mu1, sigma1, mu2, sigma2 = moments = [np.asarray(a.cpu() if torch.is_tensor(a) else a, dtype=np.float64)
+                                          for a in (mu1, sigma1, mu2, sigma2)]
+    need([a.shape for a in moments] == [(mu1.size,), (mu1.size, mu1.size)] * 2, "frechet_distance: shapes "
+         f"{[a.shape for a in moments]} are not (D,), (D, D), (D,), (D, D); use one extractor for both")
+    need(all(np.isfinite(a).all() for a in moments), "frechet_distance: NaN or infinity; check the features")
+    trace = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum().item()
+    return max(float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace), 0.0)
+
+
+def check_count(count, dims, what):
+    need(count > dims, f"{what}: {count} images for {dims} features leave the covariance singular, and the distance "
+         f"then measures the number of images; give more than {dims} images, or --features of fewer dimensions")
+
+
+def inception_score(logits, split_size=5000):
+    """exp of the mean KL(p(y|x), p(y)): logits (N, C) -> (mean over ADM's splits of 5,000 in file order, value over all).
+    Images sorted by class put few classes into a split, and the first number collapses: quote the second, or shuffle.
+    ValueError on NaN. Source: Salimans et al. 2016, arXiv 1606.03498."""
+    need(logits.isfinite().all(), "inception_score: NaN or infinity among the logits; check the images and the weights")
+    splits = []  # of each: count, sum of p (C,), sum of p log p
+    for part in logits.split(split_size):
+        logp = part.double().log_softmax(1)  # (n, C)
+        splits.append((len(part), logp.exp().sum(0), (logp.exp() * logp).sum()))
+    def score(parts):
+        count, p, p_log_p = (sum(x) for x in zip(*parts))
+        return (torch.special.entr(p / count).sum() + p_log_p / count).exp().item()
+    return float(np.mean([score([split]) for split in splits])), score(splits)
+
+
+def precision_recall(samples, reference, k=3, chunk=500):
+    """(Share of samples in the reference's manifold, share of the reference in the samples'). (N, D), (M, D) -> floats.
+    A manifold: balls around all points, each as wide as its point's distance to the k-th nearest other point.
+    Float64, since a comparison near a ball's edge must not turn on the order of a sum.
+    ValueError with k points or fewer. Source: Kynkaanniemi et al. 2019, arXiv 1904.06991; k = 3 as ADM."""
+    need(min(len(samples), len(reference)) > k, f"precision_recall: {len(samples)} and {len(reference)} points; give more")
+    x, y = samples.double(), reference.double()
+    radii_x, radii_y = (torch.cat([torch.cdist(part, z).kthvalue(k + 1).values for part in z.split(chunk)]) for z in (x, y))
+    precise, recalled = [], torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for part, radii in zip(x.split(chunk), radii_x.split(chunk)):
+        apart = torch.cdist(part, y)  # (n, M)
+        precise.append((apart <= radii_y).any(1))
+        recalled |= (apart <= radii[:, None]).any(0)
+    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes: each measures its share, the first one puts them together
+
+def join_processes(timeout=timedelta(days=1)):
+    """Under torchrun: meet the other processes, and take the GPU of this one's rank.
+
+    Raises UserError where there is none, ProcessLost where the others do not come.
+    """
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if gpus:
+        need(local < gpus, f"--nproc_per_node: more processes than GPUs ({gpus}); give as many")
+        torch.cuda.set_device(local)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"attempt {attempt}", store)  # else a restart finds dead addresses in it
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout, store=store, rank=rank, world_size=world)
+        except (RuntimeError, ValueError) as error:
+            raise ProcessLost(f"process {os.environ.get('RANK')}: another process did not come, or is dead ({one_line(error)}); "
+                              "start all of them, as torchrun does") from None
+        atexit.register(dist.destroy_process_group)
+
+
+def place():
+    """-> (rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
 
 def gather(statistics, kept):
     """What measure() gave each process, as one: on the first, in the order of ranks; (None, None) on the others."""
@@ -189,73 +293,10 @@ def gather(statistics, kept):
             s.merge(others[part])
     return statistics, {part: torch.cat([rows[part] for _, rows in shares]) for part in kept}
 
-def feature_statistics(extract, images, batch_size=64, extractor=""):
-    """measure() for one kind of features. extract: uint8 (B, 3, H, W) -> (B, D). images: uint8 (N, 3, H, W), cut into
-    batches of batch_size, or an iterable of batches -> Statistics. extractor: its name. Of this process's images alone."""
-    batches = images.split(batch_size) if torch.is_tensor(images) else images
-    return measure(lambda x: dict(pool=extract(x)), batches, extractor)[0]["pool"]
 
-# --- 3. The scores ----------------------------------------------------------------------------------------------------
-def root(sigma):
-    """R (D, rank) with R R^T = sigma (D, D), by Cholesky with pivoting: it stops where what is left is rounding, so a
-    covariance that is not of full rank costs no accuracy. (Eigenvectors, scaled by the roots of eigenvalues of 1e-16 that
-    should be 0, are off by 1e-8, and ten times slower.) ValueError where sigma has clearly negative eigenvalues."""
-    tolerance = 50 * np.finfo(float).eps * sigma.diagonal().max()
-    lower, order, rank, _ = lapack.dpstrf((sigma + sigma.T) / 2, tol=tolerance, lower=1)
-    r = np.empty((len(sigma), rank))
-    r[order - 1] = np.tril(lower)[:, :rank]
-    need(np.abs((r ** 2).sum() - np.trace(sigma)) <= 1e-3 * np.trace(sigma), "frechet_distance: a matrix that is not a "
-         "covariance, it has negative eigenvalues; check where it comes from")
-    return torch.from_numpy(r)
+# ----------------------------------------------------------------------------------------------------------------------
+# Extractors: uint8 (B, 3, H, W) -> dict(pool=(B, D)[, spatial, logits])
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), a float >= 0. Means (D,), covariances (D, D).
-    The trace of the square root is the sum of the square roots of the eigenvalues of R1^T sigma2 R1, sigma1 = R1 R1^T, a
-    symmetric product; with sigma2 = R2 R2^T those roots are the singular values of R1^T R2, and no rounding error is
-    square-rooted. Float64; 1e-8 relative for any rank; 2048 dimensions take seconds.
-    ValueError on shapes that do not match and on NaN. Source: Heusel et al. 2017, arXiv 1706.08500."""
-    mu1, sigma1, mu2, sigma2 = moments = [np.asarray(a.cpu() if torch.is_tensor(a) else a, dtype=np.float64)
-                                          for a in (mu1, sigma1, mu2, sigma2)]
-    need([a.shape for a in moments] == [(mu1.size,), (mu1.size, mu1.size)] * 2, "frechet_distance: shapes "
-         f"{[a.shape for a in moments]} are not (D,), (D, D), (D,), (D, D); use one extractor for both")
-    need(all(np.isfinite(a).all() for a in moments), "frechet_distance: NaN or infinity; check the features")
-    trace = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum().item()
-    return max(float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace), 0.0)
-
-def check_count(count, dims, what):
-    need(count > dims, f"{what}: {count} images for {dims} features leave the covariance singular, and the distance "
-         f"then measures the number of images; give more than {dims} images, or --features of fewer dimensions")
-
-def inception_score(logits, split_size=5000):
-    """exp of the mean KL(p(y|x), p(y)): logits (N, C) -> (mean over ADM's splits of 5,000 in file order, value over all).
-    Images sorted by class put few classes into a split, and the first number collapses: quote the second, or shuffle.
-    ValueError on NaN. Source: Salimans et al. 2016, arXiv 1606.03498."""
-    need(logits.isfinite().all(), "inception_score: NaN or infinity among the logits; check the images and the weights")
-    splits = []  # of each: count, sum of p (C,), sum of p log p
-    for part in logits.split(split_size):
-        logp = part.double().log_softmax(1)  # (n, C)
-        splits.append((len(part), logp.exp().sum(0), (logp.exp() * logp).sum()))
-    def score(parts):
-        count, p, p_log_p = (sum(x) for x in zip(*parts))
-        return (torch.special.entr(p / count).sum() + p_log_p / count).exp().item()
-    return float(np.mean([score([split]) for split in splits])), score(splits)
-
-def precision_recall(samples, reference, k=3, chunk=500):
-    """(Share of samples in the reference's manifold, share of the reference in the samples'). (N, D), (M, D) -> floats.
-    A manifold: balls around all points, each as wide as its point's distance to the k-th nearest other point.
-    Float64, since a comparison near a ball's edge must not turn on the order of a sum.
-    ValueError with k points or fewer. Source: Kynkaanniemi et al. 2019, arXiv 1904.06991; k = 3 as ADM."""
-    need(min(len(samples), len(reference)) > k, f"precision_recall: {len(samples)} and {len(reference)} points; give more")
-    x, y = samples.double(), reference.double()
-    radii_x, radii_y = (torch.cat([torch.cdist(part, z).kthvalue(k + 1).values for part in z.split(chunk)]) for z in (x, y))
-    precise, recalled = [], torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    for part, radii in zip(x.split(chunk), radii_x.split(chunk)):
-        apart = torch.cdist(part, y)  # (n, M)
-        precise.append((apart <= radii_y).any(1))
-        recalled |= (apart <= radii[:, None]).any(0)
-    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
-
-# --- 4. Extractors: uint8 (B, 3, H, W) -> dict(pool=(B, D)[, spatial, logits]) ----------------------------------------
 def fingerprint(net):
     """Eight hex digits of the weights themselves, so that statistics of two networks never meet under one name."""
     digest = hashlib.sha256()
@@ -263,11 +304,13 @@ def fingerprint(net):
         digest.update(tensor.cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:8]
 
+
 class Extractor(NamedTuple):
     extract: Callable  # uint8 (B, 3, H, W) -> {part: (B, D)}
     name: str
     resize: str  # in words
     dims: int  # of the part "pool"
+
 
 def inception_extractor(weights, device):
     net, path = Inception(), weights or download(INCEPTION_URL, INCEPTION_FILE, "--weights")
@@ -276,6 +319,7 @@ def inception_extractor(weights, device):
     if torch.device(device).type == "cpu":
         net.to(memory_format=torch.channels_last)  # nearly twice as fast there
     return Extractor(net.to(device), "inception-" + fingerprint(net), "TensorFlow-1 bilinear to 299x299", 2048)
+
 
 def timm_extractor(name, weights, device):
     net = timm_network(name, weights, "--weights", **(dict(img_size=224) if name == DINO else {})).to(device)
@@ -287,6 +331,7 @@ def timm_extractor(name, weights, device):
         x = F.interpolate(x.float(), size, mode=mode, antialias=True).round().clamp(0, 255)  # (B, 3, *size), as PIL
         return dict(pool=net((x / 255 - mean) / std).flatten(1))  # (B, D)
     return Extractor(extract, f"{name}-{fingerprint(net)}", f"{mode} with antialias to {size[0]}x{size[1]}", net.num_features)
+
 
 def make_extractor(features="inception", weights=None, device="cpu"):
     """-> Extractor. features: inception, dino or a timm name. weights: their file, else they are downloaded; for dino a
@@ -302,12 +347,16 @@ def make_extractor(features="inception", weights=None, device="cpu"):
     need(known_to_timm(name), f"--features {features}: no such model; give inception, dino or one of timm.list_models()")
     return timm_extractor(name, weights, device)
 
-# --- 5. Images --------------------------------------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
 def image_tensor(path, size=None):
     """uint8 (3, H, W), RGB. ValueError when unreadable, not 8-bit, or not of `size` (W, H)."""
     image = read_image(path)
     need(size in (None, image.size), f"{path}: {image.size} pixels, the first image has {size}; resize all to one size")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
 
 def folder_batches(files, size, batch_size, num_workers):
     with ThreadPoolExecutor(num_workers) as threads:  # one batch is read ahead
@@ -317,10 +366,12 @@ def folder_batches(files, size, batch_size, num_workers):
             now, ahead = ahead, submit(i + batch_size)
             yield torch.stack([job.result() for job in now])  # (B, 3, H, W)
 
+
 def npy_header(file):
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)  # shape, whether in Fortran order, dtype
+
 
 def npz_batches(path, first, last, batch_size):
     """Images first to last - 1 of arr_0: a stream, never the whole array in memory."""
@@ -332,6 +383,7 @@ def npz_batches(path, first, last, batch_size):
             batch = bytearray(file.read(min(batch_size, last - i) * h * w * 3))
             yield torch.frombuffer(batch, dtype=torch.uint8).view(-1, h, w, 3).permute(0, 3, 1, 2)  # (B, 3, H, W)
         need(last < n or not file.read(1), f"{path}: arr_0 is longer than it says; write the file again")
+
 
 @dataclass
 class Source:
@@ -346,10 +398,12 @@ class Source:
     extractor: str = None  # of recorded moments
     resize: str = None
 
+
 def balance(labels):
     if labels is not None:
         counts = np.unique(labels, return_counts=True)[1]
         return f"{len(counts)} labels of {min(counts)} to {max(counts)} images"
+
 
 def open_folder(path):
     files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
@@ -359,6 +413,7 @@ def open_folder(path):
     np.random.RandomState(0).shuffle(files)  # in order of class folders, inception_score's splits would collapse
     return Source(path, count=len(files), size=size, balance=balance(labels) if len(set(labels)) > 1 else None,
                   batches=lambda first, last, *how: folder_batches(files[first:last], size, *how))
+
 
 def open_source(path):
     """A folder, or an .npz of any of the kinds above -> Source. ValueError on anything else."""
@@ -383,39 +438,46 @@ def open_source(path):
              f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3); round to 0..255 before saving")
         labels = data.get("arr_1")
         need(labels is None or labels.shape == shape[:1], f"{path}: arr_1 is not one label an image; save it anew")
-        s.count, s.size, s.balance = shape[0], shape[2:0:-1], balance(labels)
+        s.count, s.size, s.balance = shape[0], (shape[2], shape[1]), balance(labels)
         s.batches = lambda first, last, batch_size, _: npz_batches(path, first, last, batch_size)
     return s
 
-# --- 6. Two sides, and the command line -------------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two sides, and the command line
+
 def prepare(sources, features, weights, device):
     """The extractor that the sources share. ValueError where they cannot be compared, before anything is measured."""
     for s in sources:
-        if s.extractor == "inception" != features:
+        if s.extractor == "inception" and features != "inception":
             s.moments, s.extractor = {}, None  # what ADM recorded is of no use here
         need(s.batches or s.moments, f"{s.path}: no images in it, only Inception's statistics; give images")
     sizes = {s.size for s in sources if s.size}
     need(len(sizes) < 2, f"{sources[0].path}: its image size is not the reference's ({sizes}); resize one side")
-    x = Extractor(None, max((s.extractor or "" for s in sources), key=len), sources[-1].resize or "as recorded", 0)
     if any(s.batches for s in sources):
         x = make_extractor(features, weights, device)
+    else:  # moments on both sides; "inception" is ADM's, without the hash that ours have
+        recorded = sorted({s.extractor for s in sources})
+        x = Extractor(None, recorded[-1], sources[-1].resize or "as recorded", 0)
     for s in sources:
-        need(s.extractor in (None, x.name, x.name[:9]), f"{s.path}: made by {s.extractor}, not by {x.name}; use one extractor")
+        need(s.extractor in (None, x.name, x.name.split("-")[0]), f"{s.path}: made by {s.extractor}, not by {x.name}; use one extractor")
         if s.batches and s.count and not s.moments:
             check_count(s.count, x.dims, s.path)
     return x
+
 
 def measure_source(s, x, keep, device, batch_size=32, num_workers=4):
     """Fill in the moments and the kept features of a source with images, on the first process. ValueError if too few."""
     (rank, world), n = place(), s.count or 0
     batches = s.batches(n * rank // world, n * (rank + 1) // world, batch_size, num_workers)
-    bar = tqdm(batches, s.path, -(-n // world // batch_size) or None, disable=rank > 0 or None)
+    bar = tqdm(batches, s.path, math.ceil(n / world / batch_size) or None, disable=rank > 0 or None)
     statistics, s.features = gather(*measure(x.extract, (batch.to(device) for batch in bar), x.name, keep, s.size))
     if rank == 0:
         s.count = statistics["pool"].count
         if not s.moments:
             check_count(s.count, x.dims, s.path)
         s.moments = {part: (m.mean, m.covariance) for part, m in statistics.items()} | s.moments
+
 
 def compare(a, b, x, device):
     """All scores that samples `a` and reference `b` give, and what they were made from -> a dict, ready for JSON."""
@@ -433,6 +495,7 @@ def compare(a, b, x, device):
         record[role]["statistics"] = "as recorded" if s.extractor else "of these images"
     return record
 
+
 class Scorer:
     """Scores against one reference, which is measured first: a bad one is refused before the work starts. Under
     torch.distributed all processes make and call it; if each brings a consecutive share, in the order of ranks, the
@@ -443,7 +506,7 @@ class Scorer:
     """
     def __init__(self, reference, features="inception", weights=None, device="cpu", batch_size=32, num_workers=4, samples=None):
         self.reference, self.device, self.reading = open_source(reference), device, (batch_size, num_workers)
-        self.extractor = prepare([samples or Source("samples", batches=True), self.reference], features, weights, device)
+        self.extractor = prepare([samples or Source("samples", batches=lambda *_: ()), self.reference], features, weights, device)
         if self.reference.batches:
             measure_source(self.reference, self.extractor, ("pool",), device, *self.reading)
 
@@ -457,6 +520,7 @@ class Scorer:
             measure_source(samples, self.extractor, keep, self.device, *self.reading)
         return compare(samples, self.reference, self.extractor, self.device) if place()[0] == 0 else None
 
+
 def write_statistics(args):
     """The command stats: what a comparison needs of a reference, in a small file."""
     s = open_source(args.reference)
@@ -464,19 +528,23 @@ def write_statistics(args):
     x = prepare([s], args.features, args.weights, args.device)
     measure_source(s, x, (), args.device, args.batch_size, args.num_workers)
     if place()[0] == 0:
-        arrays = {name + "_s" * (part == "spatial"): torch.as_tensor(moment).cpu().numpy()
-                  for part, moments in s.moments.items() for name, moment in zip(("mu", "sigma"), moments)}
+        arrays = {}
+        for part, (mean, covariance) in s.moments.items():
+            end = "_s" if part == "spatial" else ""
+            arrays |= {"mu" + end: torch.as_tensor(mean).cpu().numpy(), "sigma" + end: torch.as_tensor(covariance).cpu().numpy()}
         with open(args.out, "wb") as file:
             np.savez(file, **arrays, count=s.count, size=s.size, extractor=x.name, resize=x.resize, balance=s.balance or "")
         print(f"{args.out}: statistics of {s.count} images, extractor {x.name}, resize {x.resize}")
 
+
 def main(argv=None):
-    parser = Parser(prog="fid.py", description=__doc__.split("\n\n")[0].strip(), epilog="examples:\n" + __doc__.split("\n\n")[2], allow_abbrev=False)
+    title, _, examples = __doc__.strip().split("\n\n")[:3]
+    parser = Parser(prog="fid.py", description=title, epilog="examples:\n" + examples, allow_abbrev=False)
     what, how, out = (parser.add_argument_group(title) for title in ("what to compare", "how", "output"))
     what.add_argument("samples", help="folder, .npz or statistics; or the word stats, to measure REFERENCE for later")
     what.add_argument("reference", help="folder, .npz or statistics")
     how.add_argument("--features", metavar="NAME", default="inception", help="inception, dino or a timm model's name (default inception)")
-    how.add_argument("--weights", metavar="FILE", help="the extractor's; with dino, a checkpoint of train.py for its encoder (default: download)")
+    how.add_argument("--weights", metavar="FILE", help="the extractor's; with dino, a checkpoint of ours: its encoder (default: download)")
     how.add_argument("--batch_size", metavar="N", type=at_least(1), default=32, help="images at once, no influence on scores (default 32)")
     how.add_argument("--num_workers", metavar="N", type=at_least(1), default=4, help="threads that read images (default 4)")
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
@@ -493,6 +561,7 @@ def main(argv=None):
     record = Scorer(args.reference, args.features, args.weights, args.device, args.batch_size, args.num_workers, samples).score(samples)
     if record:
         print(json.dumps(record) if args.json else "\n".join(f"{key:20s} {value}" for key, value in record.items()))
+
 
 if __name__ == "__main__":
     run_main(main)

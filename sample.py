@@ -37,8 +37,8 @@ from tqdm import tqdm
 import meanflow
 from dit import DiTDH, infer_config
 from fid import feature_statistics, fingerprint, frechet_distance, join_processes, place
-from rae import (Parser, UserError, at_least, fill, load_file, load_weights, need, one_line, pick_device, rae_from, reading, run_main, to_uint8,
-                 unpack_rae)
+from rae import (Parser, UserError, at_least, fill, load_file, load_weights, need, one_line, pick_device, plural, rae_from, reading,
+                 run_main, to_uint8, unpack_rae)
 
 WRITERS = 8  # threads a process that encode and write; with one PNG an image, fewer would keep a fast GPU waiting
 
@@ -51,19 +51,23 @@ def load_network(path):
     content = load_file(path)
     state = load_weights(path, content)
     if "x_embedder.proj.weight" not in state:
-        known = {"decoder_pred.weight": "a published RAE decoder", "var": "latent statistics", "patch_embed.proj.weight": "an image encoder"}
+        known = {"decoder_pred.weight": "a published RAE decoder", "var": "latent statistics", "patch_embed.proj.weight": "an encoder"}
         what = next((name for key, name in known.items() if key in state), "a checkpoint without a velocity network")
-        what = f"a checkpoint of the stage {one_line(content['stage'])}, which holds no velocity network" if isinstance(content.get("stage"), str) else what
+        if isinstance(content.get("stage"), str):
+            what = f"a checkpoint of the stage {one_line(content['stage'])}, which holds no velocity network"
         raise UserError(f"{path}: {what}; give a checkpoint of flow, mid, distill or bootstrap, or released DiTDH weights")
     with reading(path, "not a DiTDH in the published layout"):
         with torch.device("meta"):
             model = DiTDH(**infer_config(state))
         fill(model, state)
     alpha, classes, rae = (content.get(key) for key in ("alpha", "classes", "rae"))  # released weights have none of them
-    need(alpha is None or isinstance(alpha, (int, float)) and 0 < alpha < 1e4, f"{path}: its time shift alpha is {one_line(alpha)}, not a number above 0")
-    need(classes is None or isinstance(classes, (list, tuple)) and len(classes) == model.num_classes and all(isinstance(name, str) for name in classes),
-         f"{path}: its classes are {one_line(classes)}, not {model.num_classes} names")
-    need(model.num_classes > 0 and (rae is None or isinstance(rae, dict)), f"{path}: its classes or its RAE are damaged; make or fetch it again")
+    if alpha is not None:
+        need(isinstance(alpha, (int, float)) and 0 < alpha < 1e4, f"{path}: its time shift is {one_line(alpha)}, not a number above 0")
+    if classes is not None:
+        names = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
+        need(names and len(classes) == model.num_classes, f"{path}: its classes are {one_line(classes)}, not {model.num_classes} names")
+    need(model.num_classes > 0, f"{path}: it knows no class; make or fetch it again")
+    need(rae is None or isinstance(rae, dict), f"{path}: its RAE is damaged; make or fetch it again")
     return model.eval().requires_grad_(False), content
 
 
@@ -85,9 +89,10 @@ def load_all(args):
     channels, grid = model.in_channels, model.input_size
     own = content.get("rae") and not args.rae
     rae = unpack_rae(content["rae"], path=args.ckpt) if own else rae_from(args.rae, 16 * grid, with_encoder=False)
-    need(rae.latent_shape == (channels, grid, grid), f"{args.ckpt}: makes latents {(channels, grid, grid)}, but the RAE takes {rae.latent_shape}; "
-         "give the one that it was trained with as --rae")
-    alpha = content.get("alpha") or (channels * grid**2 / 4096) ** 0.5
+    need(rae.latent_shape == (channels, grid, grid),
+         f"{args.ckpt}: makes latents {(channels, grid, grid)}, but the RAE takes {rae.latent_shape}; give the one it was trained with "
+         "as --rae")
+    alpha = content.get("alpha") or meanflow.alpha_of(channels, grid)
     return model, rae, alpha, class_names(content, model.num_classes)
 
 
@@ -142,7 +147,7 @@ def make_images(model, rae, alpha, steps, output, todo, args):
 
     with ThreadPoolExecutor(2) as drawers, ThreadPoolExecutor(WRITERS) as writers:
         drawn, writing = deque(drawers.submit(draw, first) for first in todo[:2]), deque()
-        for k, first in enumerate(tqdm(todo, desc=f"{steps} step{'s' * (steps > 1)}", unit="batch", disable=place()[0] > 0)):
+        for k, first in enumerate(tqdm(todo, desc=plural(steps, "step"), unit="batch", disable=place()[0] > 0)):
             noise = drawn.popleft().result().to(args.device)                                    # (B, C, H, W)
             drawn.extend(drawers.submit(draw, later) for later in todo[k + 2:k + 3])
             y = labels[first:first + len(noise)].to(args.device)                                # (B,)
@@ -197,7 +202,8 @@ def save_curves(charts, path, width=600, height=400):
         xs, ys = (np.unique(np.concatenate([curve[i] for curve in curves.values()])) for i in (0, 1))
         if not len(xs):
             continue
-        scale, x_ticks = (np.log, xs) if len(xs) < 10 else (float, np.linspace(xs[0], xs[-1], 6).round())
+        spacing = next(n * 10**power for power in range(9) for n in (1, 2, 5) if xs[-1] - xs[0] <= 6 * n * 10**power)
+        scale, x_ticks = (np.log, xs) if len(xs) < 10 else (float, np.arange(spacing, xs[-1] + 1, spacing))
         ticks = [n * 10.0**power for power in range(-9, 20) for n in ((1, 2, 5) if ys[-1] < 100 * ys[0] else (1,))]
         ticks = [tick for i, tick in enumerate(ticks) if ticks[i + 1:] and ticks[i + 1] > ys[0] and ticks[max(0, i - 1)] < ys[-1]]
         low, high = np.log10(ticks[0]), np.log10(ticks[-1])
@@ -266,7 +272,8 @@ class Output:
         self.files = [self.out / f"{i:06d}_{label}.png" for i, label in enumerate(labels)] if self.as_folder else [self.out]
         self.target = self.npz or self.out
         self.partial = self.target.with_name(f"{self.target.name}.{settings}.partial")
-        for flag, folder in (("--out", self.out if self.as_folder else self.out.parent), ("--npz", self.npz.parent if self.npz else Path())):
+        folders = {"--out": self.out if self.as_folder else self.out.parent, "--npz": self.npz.parent if self.npz else Path()}
+        for flag, folder in folders.items():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -278,7 +285,11 @@ class Output:
 
     def open(self, size):
         """Ready to write -> which images are done already, bool (num,)."""
-        keep = self.num if self.npz else 0 if self.as_folder else min(64, self.num)
+        keep = min(64, self.num)                                                                # pixels for a grid
+        if self.npz:
+            keep = self.num
+        elif self.as_folder:
+            keep = 0
         self.store = Store(self.partial, self.num, keep, size)
         return np.fromfile(self.partial, bool, self.num) & [not self.as_folder or settings_of(path) == self.settings for path in self.files]
 
@@ -365,7 +376,7 @@ def save_comparison(rows, num_classes, path):
             found = [(row["labels"] == k).nonzero()[:, 0] for k in columns]
             blank = torch.full_like(row["images"][0], 255)                                      # for a class that is not among them
             lines.append(torch.stack([row["images"][i[min(which, len(i) - 1)]] if len(i) else blank for i in found]))
-    titles = [f"{row['name']},\n{row['steps']} step{'s' * (row['steps'] > 1)}" if row["steps"] else row["name"] for row in shown]
+    titles = [f"{row['name']},\n{plural(row['steps'], 'step')}" if row["steps"] else row["name"] for row in shown]
     save_grid(torch.cat(lines), path, columns=len(columns), titles=titles)
 
 
@@ -385,14 +396,15 @@ def side_by_side(checkpoints, held_out, names, classifier, out, device, seed, pr
     say(f"\n{'':24} {'steps':>5} {'Frechet distance':>17} {'class agreement':>16} {'s per 1000':>11}")
 
     def add(name, steps, images, labels, seconds=None):
-        row = dict(name=name, steps=steps, **rate(images, labels, real, classifier, rae, device), seconds=seconds, images=images, labels=labels)
-        rows.append(row)
+        row = dict(name=name, steps=steps, **rate(images, labels, real, classifier, rae, device), seconds=seconds)
+        rows.append(row | dict(images=images, labels=labels))
         say(f"{name:24} {steps:>5} {row['frechet']:17.3f} {row['agreement']:15.1%} " + (f"{seconds * 1000 / num:11.1f}" if seconds else ""))
 
     for name, path in checkpoints.items():
         network, content = load_network(path)
-        need(content.get("rae") and network.num_classes == len(names), f"{path}: holds no RAE, or knows {network.num_classes} classes where the images have "
-             f"{len(names)}; give a checkpoint of ours, and the --data that it was trained on")
+        need(content.get("rae") and network.num_classes == len(names),
+             f"{path}: holds no RAE, or knows {network.num_classes} classes where the images have {len(names)}; "
+             "give a checkpoint of ours, and the --data that it was trained on")
         network, rae = network.to(device), unpack_rae(content["rae"], path=path).to(device)
         if whole and not rows:
             add("real images, held out", "", real, real_labels)
@@ -407,7 +419,9 @@ def side_by_side(checkpoints, held_out, names, classifier, out, device, seed, pr
     if whole:
         save_comparison(rows, len(names), out / "comparison.png")
     say(f"\nFrechet distance: in the encoder's features, to {len(real)} held-out images. Agreement: a classifier that no stage has seen.\n"
-        f"{out / 'report.json'} holds the table, {out / 'report.png'} its curves" + (f", {out / 'comparison.png'} the pictures" if whole else ""))
+        f"{out / 'report.json'} holds the table, {out / 'report.png'} its curves")
+    if whole:
+        say(f"{out / 'comparison.png'} shows real images, reconstructions and samples side by side")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,17 +429,19 @@ def side_by_side(checkpoints, held_out, names, classifier, out, device, seed, pr
 
 def parse_arguments():
     parser = Parser(description="Images from a checkpoint of train.py or a published one.", epilog="examples:\n" + __doc__.split("\n\n")[2])
-    what, out, how = (parser.add_argument_group(title) for title in ("what to sample", "output", "how"))
-    what.add_argument("--ckpt", metavar="FILE", required=True, help="checkpoint of flow, mid, distill or bootstrap, or published DiTDH weights")
-    what.add_argument("--rae", metavar="PATH", help="another RAE: our checkpoint, or a folder like the hub's (default: that of CKPT, or the hub's)")
-    what.add_argument("--steps", metavar="N", type=at_least(1, 10**5), help="evaluations of the network an image (default: student 1, teacher 50)")
-    what.add_argument("--num", metavar="N", type=at_least(1, 10**7), default=64, help="number of images (default 64)")
-    what.add_argument("--classes", metavar="LIST", help="names, numbers and ranges, separated by commas (default: all in turn)")
-    what.add_argument("--seed", metavar="N", type=at_least(0), default=0, help="image i is a function of (seed, i) (default 0)")
-    out.add_argument("--out", metavar="PATH", help="grid PNG of the first 64, or a folder for one PNG an image (default: CKPT's name with .samples.png)")
-    out.add_argument("--npz", metavar="FILE", help="also write arr_0 (uint8 N,H,W,3) and arr_1 (labels) here (default: none)")
-    how.add_argument("--batch_size", metavar="N", type=at_least(1), default=64, help="images at a time (default 64)")
-    how.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add = parser.add_argument_group("what to sample").add_argument
+    add("--ckpt", metavar="FILE", required=True, help="checkpoint of flow, mid, distill or bootstrap, or published DiTDH weights")
+    add("--rae", metavar="PATH", help="another RAE: our checkpoint, or a folder like the hub's (default: that of CKPT, or the hub's)")
+    add("--steps", metavar="N", type=at_least(1, 10**5), help="evaluations of the network an image (default: student 1, teacher 50)")
+    add("--num", metavar="N", type=at_least(1, 10**7), default=64, help="number of images (default 64)")
+    add("--classes", metavar="LIST", help="names, numbers and ranges, separated by commas (default: all in turn)")
+    add("--seed", metavar="N", type=at_least(0), default=0, help="image i is a function of (seed, i) (default 0)")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="PATH", help="grid PNG of the first 64, or a folder for a PNG an image (default: CKPT's name with .samples.png)")
+    add("--npz", metavar="FILE", help="also write arr_0 (uint8 N,H,W,3) and arr_1 (labels) here (default: none)")
+    add = parser.add_argument_group("how").add_argument
+    add("--batch_size", metavar="N", type=at_least(1), default=64, help="images at a time (default 64)")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     return parser.parse_args()
 
 
@@ -440,7 +456,7 @@ def main():
     labels = [classes[i % len(classes)] for i in range(args.num)]
     made_with = (fingerprint(model), fingerprint(rae), steps, alpha, args.seed, labels)
     output = Output(args, labels, settings=hashlib.sha256(repr(made_with).encode()).hexdigest()[:16])
-    report = f"{args.num} images, {steps} evaluation{'s' * (steps > 1)} each: {output.out}" + (f", {output.npz}" if output.npz else "")
+    report = f"{plural(args.num, 'image')}, {plural(steps, 'evaluation')} each: {output.out}" + (f", {output.npz}" if output.npz else "")
     if output.complete():
         return print(f"{report}: all there already") if rank == 0 else None
     try:
