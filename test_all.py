@@ -1659,6 +1659,8 @@ def test_readmes_own_programs_run(photographs, trained, tmp_path):
                     ("defect.py", "shift,linspace,random", *toy, "--stage", "mid", "--init", trained / "flow.pt"))):
         status, output = run(tmp_path / command[0], *command[1:], "--out", tmp_path / f"{i}")
         assert status == 0, output
+    weight = "blocks.0.attn.qkv.weight"                                                         # the new stage went on from mid
+    assert relative(rae.load_file(tmp_path / "0" / "split.pt")["model"][weight], rae.load_file(trained / "mid.pt")["model"][weight]) < 0.1
 
 
 # --- fid.py: expectations come from a closed form, from scipy, or from a slow loop over the definition -------------------

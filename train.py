@@ -408,7 +408,7 @@ def build_flow(stage, args, c, out, classes):
         trained = student_of(load_role(args.init, "--init", average_velocity=False)[0] if args.init else teacher)
     elif stage == "flow" and args.init not in (None, "none"):
         trained, content = load_role(find("flow", "--init", args.init, out), "--init", average_velocity=False)
-    elif stage in ("distill", "bootstrap") and args.init != "none":
+    elif stage in STARTS_FROM and args.init != "none":
         path = find(STARTS_FROM[stage], "--init", args.init, out)
         trained, content = load_role(path, "--init", average_velocity=None if args.init else True)
         if trained.r_embedder is None:                              # without mid-training, the paper's "flow start": a baseline
@@ -853,7 +853,7 @@ def train(stage, args, data, stop):
                 nodes = torch.triu_indices(c["nodes"], c["nodes"], 1)[:, pairs] / (c["nodes"] - 1)
                 t, r = shift_time(1 - nodes, alpha)                                                 # 2 x (B, pairs), for the log
                 loss, metrics = mid_training_loss(student, teacher, noise, y, alpha, c["nodes"], pairs=pairs, solver=c["solver"])
-            elif stage in ("distill", "bootstrap"):
+            elif stage not in ON_IMAGES:                                                            # distill, bootstrap
                 t, r = mean_flow_times(batch["uniform"].T, batch["keep_gap"], alpha)                # (B,), (B,) on the CPU
                 loss, metrics = mean_flow_loss(student, x, y, alpha, teacher, c["derivative"],
                                                c["delta"], t, r, noise, power=c["power"])
