@@ -51,7 +51,8 @@ def load_network(path):
     content = load_file(path)
     state = load_weights(path, content)
     if "x_embedder.proj.weight" not in state:
-        known = {"decoder_pred.weight": "a published RAE decoder", "var": "latent statistics", "patch_embed.proj.weight": "an encoder"}
+        known = {"decoder_pred.weight": "a published RAE decoder", "var": "latent statistics",
+                 "patch_embed.proj.weight": "an image encoder"}
         what = next((name for key, name in known.items() if key in state), "a checkpoint without a velocity network")
         if isinstance(content.get("stage"), str):
             what = f"a checkpoint of the stage {one_line(content['stage'])}, which holds no velocity network"

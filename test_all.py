@@ -45,6 +45,13 @@ slow = pytest.mark.skipif("SLOW" not in os.environ, reason="runs under python te
 SIGMA = 0.6  # of the data of the linear-Gaussian flow
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+    """pytest keeps three runs' folders, and checkpoints are large: what a test has written goes when it is done."""
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
 def relative(a, b):
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm())
