@@ -786,9 +786,12 @@ def train(stage, args, data, stop):
         need(rae.latent_shape == latent_shape, f"{used}: its RAE has latents of another shape")
     need(len(everyones({(start, listing)})) == 1,                   # before the first one writes
          f"{path}, --data {args.data}: not the same on all processes; --out and --data must be folders that all of them see")
-    say(json.dumps(dict(c, parameters=sum(p.numel() for p in weights), start=start, world=world, micro_batch=micro)))
+    parameters = sum(p.numel() for p in weights)
+    say(f"{stage}: {parameters:,} parameters, steps {start} to {c['steps']} of {c['batch_size']} samples, learning rate {c['lr']}, "
+        f"{c['precision']}, {device}; all settings: {path.with_suffix('.jsonl')}")
     if rank == 0:
-        open_log(path, used, start, dict(config=c, start=start, command=sys.argv, torch=torch.__version__))
+        open_log(path, used, start, dict(config=c, start=start, parameters=parameters, processes=world, micro_batch=micro, command=sys.argv,
+                                         torch=torch.__version__))
     wandb_run = start_wandb(args, c) if args.wandb and rank == 0 else None
     scorer = open_scorer(args, c)
 
