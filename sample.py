@@ -248,7 +248,7 @@ class Store:
         return np.fromfile(self.path, np.uint8, count * self.bytes, offset=self.num + first * self.bytes).reshape(-1, *self.shape[1:])
 
     def pack(self, path, labels, settings):
-        """Write a normal .npz: arr_0 (N, S, S, 3), arr_1 (N,); a piece at a time, and in place only when it is whole."""
+        """Write a normal .npz: arr_0 (M, S, S, 3), arr_1 (M,); a piece at a time, and in place only when it is whole."""
         whole = path.with_name(f"{path.name}.writing")
         with zipfile.ZipFile(whole, "w") as archive:
             archive.comment = settings.encode()
@@ -314,7 +314,7 @@ class Output:
 # Checkpoints side by side: the verdict at the end of `train.py --toy`, and `train.py --toy --report CKPT ...`
 
 def train_classifier(images, labels, num_classes, steps, device, seed=0):
-    """A small convolutional network, trained on (N, 3, 32, 32) uint8: whether a sample shows the class it was asked for."""
+    """A small convolutional network, trained on (M, 3, 32, 32) uint8: whether a sample shows the class it was asked for."""
     torch.manual_seed(seed)
     half = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
     net = nn.Sequential(nn.Conv2d(3, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU(), *half(32, 64), *half(64, 128), *half(128, 256),
@@ -335,12 +335,12 @@ def train_classifier(images, labels, num_classes, steps, device, seed=0):
 def rate(images, labels, real, classifier, rae, device):
     """How near images are to real ones in the features of the RAE's encoder, and whether each shows its class.
 
-    images (N, 3, S, S) and real (M, 3, S, S) uint8, labels (N,) -> dict(frechet, agreement in 0..1).
+    images (M, 3, S, S) and real (K, 3, S, S) uint8, labels (M,) -> dict(frechet, agreement in 0..1).
     """
     def floats(x):
         return x.to(device).float() / 255                                                       # (B, 3, S, S)
     made, wanted = (feature_statistics(lambda x: rae.features(floats(x)), x, batch_size=500) for x in (images, real))
-    named = torch.cat([classifier(floats(x)).argmax(1).cpu() for x in images.split(500)])       # (N,)
+    named = torch.cat([classifier(floats(x)).argmax(1).cpu() for x in images.split(500)])       # (M,)
     return dict(frechet=frechet_distance(made.mean, made.covariance, wanted.mean, wanted.covariance),
                 agreement=(named == labels).float().mean().item())
 

@@ -56,7 +56,8 @@ from rae import (DECODERS, DINOV2, RAE, Decoder, Discriminator, Encoder, Encoder
 from sample import class_names, generate, imagenet_names, load_network, noise_of, save_grid, side_by_side, train_classifier
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What each stage is trained with. batch_size is global; for mid it counts trajectories, each giving `pairs` pairs.
+# What each stage is trained with. batch_size is global; for mid it counts trajectories, each giving `pairs` pairs. ema is the
+# share of the averaged weights that stays in a step; noise is how much the latents of encoder and, at most, rae are noised.
 # The learning rate rises over the share `warmup` of the steps and falls to lr_end after the share decay_from of them;
 # after the shares discriminator_from and gan_from, the rae stage trains its discriminator and listens to it.
 
@@ -86,9 +87,25 @@ PHOTOGRAPHS = 4        # --toy --data: this many times the toy's steps
 TOY_CHANNELS = 96      # latent channels of the toy's encoder
 TOY_ALPHA = 2.5        # time shift of the toy, tried out: at 1 the classes are learnt later, and the paper's rule gives 0.6
 TOY_START = dict(class_std=1.0, time_std=None)  # larger than the published 0.02, which learns classes too slowly for ten minutes
-DEFAULTS = dict(lr_end=None, decay="linear", decay_from=0.0, warmup=0.0, clip=1.0, betas=(0.9, 0.95), label_drop=0.1, gap_share=0.25,
-                power=1.0, perceptual=0.0, adversarial=0.0, discriminator_from=0.0, gan_from=0.0,
-                nodes=17, solver="euler", guidance=1.0, delta=5e-3)  # nodes of a teacher's trajectory in mid: 16 steps
+DEFAULTS = dict(            # where a row says nothing
+    lr_end=None,            # learning rate at the end; None: it stays
+    decay="linear",         # how it gets there; or cosine
+    decay_from=0.0,
+    warmup=0.0,
+    clip=1.0,               # largest gradient norm; None: any
+    betas=(0.9, 0.95),      # of AdamW, without weight decay
+    label_drop=0.1,         # share of labels replaced by "no class"
+    nodes=17,               # of a teacher's trajectory in mid: 16 steps
+    solver="euler",         # of these trajectories
+    guidance=1.0,           # of the teacher in mid and distill; 1: none
+    gap_share=0.25,         # distill and bootstrap: share of samples with r < t
+    delta=5e-3,             # step of the central difference, if that is chosen
+    power=1.0,              # p of the adaptive weighting 1 / L^p
+    perceptual=0.0,         # rae: weights of LPIPS and of the adversarial loss
+    adversarial=0.0,
+    discriminator_from=0.0,
+    gan_from=0.0,
+)
 ON_IMAGES = ("encoder", "rae")  # these stages train on images, the others on latents
 STARTS_FROM = {"mid": "flow", "distill": "mid", "bootstrap": "distill"}
 MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient end the run
@@ -112,12 +129,12 @@ def learning_rate(step, c):
 
 @dataclass
 class Data:
-    images: object          # uint8 (N, 3, S, S) in memory, or a list of N files
-    labels: torch.Tensor    # (N,)
+    images: object          # uint8 (M, 3, S, S) in memory, or a list of M files
+    labels: torch.Tensor    # (M,)
     classes: tuple          # their names
     listing: str = "drawn"  # how many files and a checksum of their names: whether a folder has changed since
-    held_out: tuple = None  # images and labels that no stage sees: (M, 3, S, S), (M,)
-    latents: object = None  # (N, C, G, G): of images in memory, encoded once
+    held_out: tuple = None  # other images and their labels, which no stage sees: uint8 (., 3, S, S), (.,)
+    latents: object = None  # (M, C, G, G): of images in memory, encoded once
 
 
 TOY_CLASSES = ("ball", "ring", "square", "triangle", "star", "heart", "moon", "plus", "arrow", "fish")
@@ -167,7 +184,7 @@ def toy_tensors(num, seed):
 
 
 def list_photographs(folder):
-    """A folder of class folders -> (files, labels (N,), class names), in torchvision's ImageFolder order."""
+    """A folder of class folders -> (files, labels (M,), class names), in torchvision's ImageFolder order."""
     from timm.data import ImageNetInfo
     from torchvision.datasets import ImageFolder
     try:
@@ -243,7 +260,7 @@ def load_data(args):
     refuse_unreadable(bad, len(files))
     if bad:
         print(f"skipped {len(bad)} unreadable: {', '.join(bad)}", file=sys.stderr)
-    images, labels = torch.stack(images), labels[good]                                          # (N, 3, 32, 32), (N,)
+    images, labels = torch.stack(images), labels[good]                                          # (M, 3, 32, 32), (M,)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     out, kept = order[:min(2000, len(images) // 10)], order[min(2000, len(images) // 10):]
     images, labels, held_out = images[kept], labels[kept], (images[out], labels[out])
@@ -812,7 +829,7 @@ def train(stage, args, data, stop):
     if stage not in ON_IMAGES and torch.is_tensor(images):          # in memory: encoded once
         if data.latents is None:
             data.latents = torch.cat([z.cpu() for z in in_batches(images, c["resolution"], device, encode, "encode")])
-        images = data.latents                                       # (N, C, G, G)
+        images = data.latents                                       # (M, C, G, G)
     samples = Samples(stage, args.seed, images, labels=data and labels_among(classes, data), num_classes=len(classes), size=c["resolution"],
                       noise_shape=latent_shape, num_uniform=dict(mid=c.get("pairs"), rae=13).get(stage, 2),
                       label_drop=0.0 if stage in ON_IMAGES else c["label_drop"], gap_share=c["gap_share"])
