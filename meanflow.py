@@ -3,7 +3,7 @@
 Paper: arXiv 2511.13019 (stages), after MeanFlow, arXiv 2505.13447 (E5) and flow matching (E2). Numbers E1 to E6 are this
 file's own. Nothing here knows what an image, a network or a GPU is: models are callables, and any callable serves.
 
-    python meanflow.py      # the whole method on a 2-D checkerboard: 40 s of one core, ends in meanflow.png
+    python meanflow.py      # the whole method on a 2-D checkerboard: half a minute of one core, ends in meanflow.png
 
 The direction, everywhere:  t = 1 is noise, t = 0 is data, and r <= t.
 
