@@ -9,7 +9,7 @@ least as wide as the latent has channels, reads the same latent again and writes
 
     python dit.py       # parameters and multiply-accumulates of every size at every resolution
 
-Shapes: B images, C latent channels, G x G = N tokens, D width (of the encoder or of the head), K heads, M = 8/3 D hidden
+Shapes: B images, C latent channels, G x G = N tokens, D width (of the encoder or of the head), K heads, F = 8/3 D hidden
 units. Modules and weights have the names that they have in the published checkpoints.
 """
 import torch
@@ -121,7 +121,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        gate, value = self.w12(x).chunk(2, dim=-1)                                              # 2 x (B, N, M)
+        gate, value = self.w12(x).chunk(2, dim=-1)                                              # 2 x (B, N, F)
         return self.w3(F.silu(gate) * value)                                                    # (B, N, D)
 
 

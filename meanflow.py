@@ -44,7 +44,7 @@ def flow_matching_times(uniform, alpha):
 
 
 def mean_flow_times(uniforms, keep_gap, alpha):
-    """Uniform numbers (2, B) -> (t, r): two shifted times in order where keep_gap (B,) is true, else r = t."""
+    """Uniform numbers (2, B) -> (t, r): two shifted times in order where keep_gap (B,) is true, else r = t, the later of the two."""
     r, t = shift_time(uniforms, alpha).sort(dim=0)[0]
     return t, torch.where(keep_gap, r, t)
 
@@ -165,7 +165,7 @@ def mean_flow_loss(student, x, y, alpha, teacher=None, derivative="jvp", delta=5
         target = noise - x if teacher is None else teacher(z, t, y).to(x.dtype)                 # v, (B, ...)
         if len(gap):
             du_dt = total_derivative(student, z[gap], t[gap], r[gap], y[gap], target[gap], derivative, delta)
-            target = target.index_add(0, gap, expand((r - t)[gap], x) * du_dt)
+            target = target.index_add(0, gap, expand((r - t)[gap], x) * du_dt)                  # v - (t - r) du/dt
     error = (student(z, t, y, r) - target).square().flatten(1)                                  # (B, C H W)
     total = error.sum(1) + WEIGHT_EPS                                                           # L, (B,)
     loss = (total.log() if power == 1 else total ** (1 - power) / (1 - power)).mean()

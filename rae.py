@@ -669,7 +669,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**dict(formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=140)) | options)
 
     def error(self, message):
-        raise UserError(f"{message} (see --help)")
+        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        raise UserError(f"{message} ({f'is it {near[0]}? ' if near else ''}see --help)")
 
 
 def at_least(minimum, most=10**12):

@@ -108,6 +108,11 @@ DEFAULTS = dict(            # where a row says nothing
 )
 ON_IMAGES = ("encoder", "rae")  # these stages train on images, the others on latents
 STARTS_FROM = {"mid": "flow", "distill": "mid", "bootstrap": "distill"}
+UNUSED = (  # by these stages, of these settings: they may change while a stage is resumed
+    dict.fromkeys(("gap_share", "power", "delta", "derivative"), ("encoder", "rae", "flow", "mid"))
+    | dict.fromkeys(("nodes", "solver"), ("encoder", "rae", "flow", "distill", "bootstrap"))
+    | dict.fromkeys(("perceptual", "adversarial"), ("encoder", "flow", "mid", "distill", "bootstrap"))
+    | {"guidance": ("encoder", "rae", "flow", "bootstrap")})
 MAX_SKIPPED = 10       # steps in a row without a finite loss and gradient end the run
 
 
@@ -243,7 +248,7 @@ def load_data(args):
     if args.toy and not args.data:
         images, labels = toy_tensors(300 if args.dry_run else 20_000, args.seed)
         return Data(images, labels, TOY_CLASSES, held_out=toy_tensors(300 if args.dry_run else 2_000, args.seed + 1))
-    need(args.data, f"--stage {args.stage} needs images: give --data FOLDER with one folder of images for each class")
+    need(args.data, f"--stage {args.stage} needs images: give --data FOLDER with one folder of images for each class, or --toy")
     files, labels, classes = list_photographs(args.data)
     names = " ".join(os.path.relpath(path, args.data) for path in files)
     listing = f"{len(files)} images ({zlib.crc32(names.encode()):08x})"
@@ -283,7 +288,7 @@ class Samples(Dataset):
     noise_shape: tuple
     num_uniform: int = 2             # t, r; of mid one a pair; of rae crop 0 1, noise level 2, augment decoded 3..7 and real ones 8..12
     label_drop: float = 0.0
-    gap_share: float = 0.25
+    gap_share: float = DEFAULTS["gap_share"]
 
     def __post_init__(self):
         self.stream, self.epoch = zlib.crc32(f"{self.stage} {self.seed}".encode()), None
@@ -298,8 +303,8 @@ class Samples(Dataset):
     def __getitem__(self, n):
         generator = torch.Generator().manual_seed((self.stream + n) % 2**32)
         drop, flip, which, *uniform = torch.rand(3 + self.num_uniform, generator=generator).unbind()
-        sample = dict(noise=torch.randn(self.noise_shape, generator=generator), uniform=torch.stack(uniform), bad="",
-                      keep_gap=math.floor((n + 1) * self.gap_share) > math.floor(n * self.gap_share))
+        keep_gap = math.floor((n + 1) * self.gap_share) > math.floor(n * self.gap_share)        # r < t: of 0.25, every fourth sample
+        sample = dict(noise=torch.randn(self.noise_shape, generator=generator), uniform=torch.stack(uniform), keep_gap=keep_gap, bad="")
         if self.images is None:
             label = int(which * self.num_classes)
         elif torch.is_tensor(self.images):
@@ -531,6 +536,8 @@ def progress_of(state, path, c):
     All that shapes the rest of a run must be the same; its length and its learning rate may change.
     """
     for key in sorted(set(c) - {"steps", "lr", "init", "teacher", "rae"}):
+        if c["stage"] in UNUSED.get(key, ()):
+            continue
         before = state["config"].get(key)
         need(repr(before) == repr(c[key]),
              f"{path}: was made with {key} {one_line(before)}, this run has {c[key]}; give the same --{key}, or another --out")
@@ -773,7 +780,7 @@ def train(stage, args, data, stop):
     torch.manual_seed(zlib.crc32(f"{stage} {args.seed} start".encode()))
     build = build_autoencoder if stage in ON_IMAGES else build_flow
     trained, rae, teacher, alpha, classes = build(stage, args, c, Path(args.out), data and data.classes)
-    latent_shape = (trained.in_channels, trained.input_size, trained.input_size) if alpha else (rae or trained).encoder.shape
+    latent_shape = (rae or trained).encoder.shape if stage in ON_IMAGES else rae.latent_shape
     trained.to(device).train()
     ema = copy.deepcopy(trained).requires_grad_(False).eval()
     rae, teacher = (net if net is None else net.to(device) for net in (rae, teacher))
@@ -821,12 +828,13 @@ def train(stage, args, data, stop):
     student, teacher, perceptual = in_precision(wrapped), teacher and in_precision(teacher), perceptual and in_precision(perceptual)
     if teacher and c["guidance"] != 1:
         teacher = guided(teacher, c["guidance"], null=len(classes))
-    if stage != "encoder":
+    if stage != "encoder":                                          # rae, whose end is to measure them, has no statistics to normalise with
         encode = in_precision(rae.encoder if stage == "rae" else rae.encode)
 
     # Samples
     images = None if stage == "mid" else data.images
-    if stage not in ON_IMAGES and torch.is_tensor(images):          # in memory: encoded once
+    encoded = stage not in ON_IMAGES and torch.is_tensor(images)    # in memory: once, before the first step
+    if encoded:
         if data.latents is None:
             data.latents = torch.cat([z.cpu() for z in in_batches(images, c["resolution"], device, encode, "encode")])
         images = data.latents                                       # (M, C, G, G)
@@ -863,10 +871,10 @@ def train(stage, args, data, stop):
                 x = batch["x"].to(device, non_blocking=True)
                 if x.dtype == torch.uint8:
                     x = x.float() / 255                                                             # (B, 3, S, S)
-                if stage not in ON_IMAGES and images is not data.latents:
+                if stage not in ON_IMAGES and not encoded:
                     x = encode(x)                                                                   # (B, C, G, G)
             if stage == "flow":
-                t = r = flow_matching_times(batch["uniform"][:, 0], alpha)                          # (B,) on the CPU
+                t = r = flow_matching_times(batch["uniform"][:, 0], alpha)                          # (B,) on the CPU; r for the log alone
                 loss, metrics = flow_matching_loss(student, x, y, alpha, t, noise)
             elif stage == "mid":
                 pairs = (batch["uniform"] * (c["nodes"] * (c["nodes"] - 1) // 2)).long()            # (B, pairs)
@@ -894,7 +902,7 @@ def train(stage, args, data, stop):
                 metrics |= d_metrics
             for key, value in (("loss", loss.detach()), *metrics.items()):
                 totals[key] = totals.get(key, 0) + value.float() * micro / local_batch
-            if alpha:
+            if stage not in ON_IMAGES:
                 times.append((t, r))
         grad_norm = nn.utils.clip_grad_norm_(weights, c["clip"] or math.inf)
         if judged:
@@ -972,6 +980,9 @@ def report(args, data):
     else:                                                           # pictures that no stage has seen
         images, labels = toy_tensors(500 if args.dry_run else 10_000, args.seed + 2)
         steps = 250
+    for path in args.report or ():
+        need(Path(path).is_file(), f"--report {path}: no such file")
+    Path(args.save_to).mkdir(parents=True, exist_ok=True)
     classifier = train_classifier(images, labels, len(data.classes), 2 if args.dry_run else steps, args.device)
     side_by_side(args.report or args.save_to, data.held_out, data.classes, classifier, args.save_to, args.device, args.seed, args.precision,
                  num=100 if args.dry_run else 1000)
