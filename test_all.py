@@ -1110,6 +1110,17 @@ def test_labels_are_dropped_once_a_sample(photographs, trained, tmp_path, monkey
     assert seen[:3] == [y, y[3::4] * 2, y] and 3 in y  # the teacher, both sides of the difference where r < t, the student
 
 
+def test_a_resumed_stage_minds_the_settings_that_it_uses_and_no_other(photographs, trained, tmp_path, monkeypatch):
+    copy_inputs(trained, tmp_path, *train.TOY)
+    command = ("--toy", "--data", photographs, "--out", tmp_path, *TINY, "--gap_share", 0.5)
+    for stage in ("encoder", "rae", "flow", "mid"):
+        in_process(monkeypatch, *command, "--stage", stage)
+    with pytest.raises(rae.UserError, match="distill.pt: was made with gap_share 0.25, this run has 0.5"):
+        in_process(monkeypatch, *command, "--stage", "distill")
+    with pytest.raises(rae.UserError, match="--report .*nowhere.pt: no such file"):
+        in_process(monkeypatch, "--toy", "--data", photographs, "--report", tmp_path / "nowhere.pt", "--out", tmp_path / "new")
+
+
 def test_steps_are_evaluations_of_the_network(trained, tmp_path, monkeypatch):
     """The published sampler's 50 steps are 49 evaluations."""
     forward, seen = dit.DiTDH.forward, []
