@@ -41,6 +41,7 @@ import sample
 import train
 
 HERE = Path(__file__).resolve().parent
+torch.set_num_threads(1)  # many tests run processes beside this one: more threads than cores slow all of them tenfold
 slow = pytest.mark.skipif("SLOW" not in os.environ, reason="runs under python test_all.py --slow")
 SIGMA = 0.6  # of the data of the linear-Gaussian flow
 
