@@ -269,6 +269,8 @@ def count(model, *inputs):
 
 
 if __name__ == "__main__":
+    import argparse
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()     # --help alone
     print("average-velocity network; MACs of one evaluation of one image, all matrix products counted\n")
     print(f"{'model':6} {'image':>5} {'latent':>11} {'parameters':>11} {'GMACs':>7}")
     with torch.device("meta"):

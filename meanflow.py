@@ -285,4 +285,6 @@ def demo(path="meanflow.png"):
 
 
 if __name__ == "__main__":
+    import argparse
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()     # --help alone
     demo()

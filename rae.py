@@ -613,6 +613,7 @@ def fetch(kind, resolution, flag, folder=None):
     if folder:
         return Path(folder) / name
     from huggingface_hub import hf_hub_download
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return hf_hub_download(HUB, name, revision=HUB_REVISION)
     except Exception as error:
@@ -791,6 +792,7 @@ def main():
             save_image(torch.cat([a, b]), args.out or "reconstruction.png")
         except (OSError, ValueError) as error:
             raise UserError(f"--out {args.out}: cannot be written ({one_line(error)}); give a name that ends in .png") from None
+        print(f"{args.out or 'reconstruction.png'}: the image and its reconstruction")
     print(f"{image}: {plural(len(files), 'image')}, PSNR {psnr:.2f} dB, SSIM {similarity:.4f}")
     if folders:
         print(f"rFID: python fid.py {folders[1]} {folders[0]}")

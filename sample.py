@@ -304,7 +304,9 @@ class Output:
 
     def finish(self):
         if not self.as_folder:
-            save_grid(torch.from_numpy(self.store.read(0, 64)).permute(0, 3, 1, 2), self.out, settings=self.settings)
+            classes = len(set(self.labels[:64]))                                                # a class a column, if they are few
+            columns = classes if 4 <= classes <= 12 else 8
+            save_grid(torch.from_numpy(self.store.read(0, 64)).permute(0, 3, 1, 2), self.out, columns, self.settings)
         if self.npz:
             self.store.pack(self.npz, np.array(self.labels), self.settings)
         self.partial.unlink()

@@ -346,7 +346,8 @@ def in_batches(images, size, device, function, what, workers=0, rank=0, world=1,
     """Yield function(images in [0, 1]) for all images, or for every world-th of them."""
     mine = range(rank, len(images), world)
     batches = DataLoader(Pictures(images, size), batch_size, sampler=mine, num_workers=workers, collate_fn=stack_readable)
-    for batch in tqdm(batches, desc=what, leave=False, disable=rank > 0):
+    quiet = rank > 0 or len(batches) == 1
+    for batch in tqdm(batches, desc=what, leave=False, disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 10):
         if batch is not None:
             yield function(batch.to(device).float() / 255)                                      # of (B, 3, S, S)
 
@@ -407,7 +408,8 @@ def build_autoencoder(stage, args, c, out, classes):
         encoder = Encoder("toy", 32, channels=TOY_CHANNELS)
         return EncoderPretraining(encoder, len(classes), 32 // encoder.grid), None, None, None, classes
     if args.toy:
-        path, encoder = find("encoder", "--out", None, out), Encoder("toy", 32, channels=TOY_CHANNELS)
+        path, encoder = out / "encoder.pt", Encoder("toy", 32, channels=TOY_CHANNELS)
+        need(path.exists(), f"{path}: no such file; train the stage encoder first, or give the folder that holds it as --out")
         pretraining = EncoderPretraining(encoder, len(classes), 32 // encoder.grid)
         with reading(path, f"no encoder of {len(classes)} classes"):
             pretraining.load_state_dict(load_file(path)["ema"])
@@ -739,9 +741,10 @@ def draw(stage, ema, rae, encode, data, num_classes, alpha, c, device):
         if stage in ON_IMAGES:
             redraw = lambda x: ema.draw(ema.encoder(x)) if stage == "encoder" else ema(encode(x))
             return originals_and(redraw, data.images, c["resolution"], device)
-        labels = (torch.arange(8) * max(1, num_classes // 8) % num_classes).repeat(4).to(device)                # (32,)
-        noise = noise_of(c["seed"], range(32), (ema.in_channels, ema.input_size, ema.input_size)).to(device)    # (32, C, G, G)
-        return generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha), 8
+        columns = num_classes if num_classes <= 12 else 8
+        labels = (torch.arange(columns) * (num_classes // columns)).repeat(4).to(device)                            # (4 columns,)
+        noise = noise_of(c["seed"], range(len(labels)), (ema.in_channels, ema.input_size, ema.input_size)).to(device)
+        return generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha), columns
 
 
 def measure_latents(rae, encode, data, c, device, workers):
@@ -919,7 +922,8 @@ def train(stage, args, data, stop):
         if judged and world > 1:                                    # the running means of its batch norms are the first process's
             for buffer in discriminator.heads.buffers():
                 dist.broadcast(buffer, 0)
-        torch._foreach_lerp_(ema_weights, [w.detach() for w in weights], 1 - c["ema"])          # all of them in one call
+        # EMA, a moving average of the weights over many steps: what is sampled from, steadier than the last step's weights
+        torch._foreach_lerp_(ema_weights, [w.detach() for w in weights], 1 - c["ema"])
         step += 1
         bar.update()
 
@@ -1227,6 +1231,8 @@ def main():
                 args.out = args.save_to
             data = load_data(args) if args.stage != "mid" else None
             clock = time.perf_counter()
+            if not args.stage and int(os.environ.get("RANK", 0)) == 0:
+                print(f"the stages {', '.join(TOY)}, then a report; pictures, logs and checkpoints go to {args.save_to}", file=sys.stderr)
             for stage in [args.stage] if args.stage else TOY:
                 with Stop() as stop:
                     train(stage, args, data, stop)
