@@ -1111,13 +1111,16 @@ def test_labels_are_dropped_once_a_sample(photographs, trained, tmp_path, monkey
     assert seen[:3] == [y, y[3::4] * 2, y] and 3 in y  # the teacher, both sides of the difference where r < t, the student
 
 
-def test_a_resumed_stage_minds_the_settings_that_it_uses_and_no_other(photographs, trained, tmp_path, monkeypatch):
+def test_a_resumed_stage_minds_the_settings_that_it_uses_and_a_damaged_rae_is_named_by_its_file(photographs, trained, tmp_path, monkeypatch):
     copy_inputs(trained, tmp_path, *train.TOY)
     command = ("--toy", "--data", photographs, "--out", tmp_path, *TINY, "--gap_share", 0.5)
     for stage in ("encoder", "rae", "flow", "mid"):
         in_process(monkeypatch, *command, "--stage", stage)
     with pytest.raises(rae.UserError, match="distill.pt: was made with gap_share 0.25, this run has 0.5"):
         in_process(monkeypatch, *command, "--stage", "distill")
+    torch.save(rae.load_file(trained / "mid.pt") | dict(rae={"decoder": {}}), tmp_path / "holed.pt")
+    with pytest.raises(rae.UserError, match="holed.pt: its RAE is damaged"):
+        in_process(monkeypatch, "--toy", "--data", photographs, "--stage", "bootstrap", "--init", tmp_path / "holed.pt", "--out", tmp_path / "other")
     with pytest.raises(rae.UserError, match="--report .*nowhere.pt: no such file"):
         in_process(monkeypatch, "--toy", "--data", photographs, "--report", tmp_path / "nowhere.pt", "--out", tmp_path / "new")
 

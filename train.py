@@ -426,12 +426,13 @@ def build_flow(stage, args, c, out, classes):
     """Stages in latent space -> (network to train, RAE, teacher or None, alpha, class names)."""
     trained, teacher, content = None, None, {}
     if stage in ("mid", "distill"):
-        path = find("flow", "--teacher", args.teacher, out, required=args.toy)
-        teacher, content = load_role(path or fetch("teacher", args.resolution, "--teacher"), "--teacher", average_velocity=False)
+        path = find("flow", "--teacher", args.teacher, out, required=args.toy) or fetch("teacher", args.resolution, "--teacher")
+        teacher, content = load_role(path, "--teacher", average_velocity=False)
     if stage == "mid" and args.init != "none":
         trained = student_of(load_role(args.init, "--init", average_velocity=False)[0] if args.init else teacher)
     elif stage == "flow" and args.init not in (None, "none"):
-        trained, content = load_role(find("flow", "--init", args.init, out), "--init", average_velocity=False)
+        path = find("flow", "--init", args.init, out)
+        trained, content = load_role(path, "--init", average_velocity=False)
     elif stage in STARTS_FROM and args.init != "none":
         path = find(STARTS_FROM[stage], "--init", args.init, out)
         trained, content = load_role(path, "--init", average_velocity=None if args.init else True)
@@ -440,7 +441,7 @@ def build_flow(stage, args, c, out, classes):
 
     options = dict(with_encoder=stage != "mid", encoder_weights=args.encoder_weights)
     if content.get("rae") and not args.rae:                         # the one in whose latents the network was trained
-        rae = unpack_rae(content["rae"], **options)
+        rae = unpack_rae(content["rae"], path=path, **options)
     else:
         rae = rae_from(find("rae", "--rae", args.rae, out, required=args.toy), args.resolution, **options)
     channels, grid, _ = rae.latent_shape
