@@ -141,10 +141,10 @@ def generate(model, rae, noise, labels, steps, alpha):
 
 def make_images(model, rae, alpha, steps, output, todo, args):
     """Make the batches that start at the numbers `todo`. Noise is drawn two batches ahead, and images are written behind."""
-    labels, shape = torch.tensor(output.labels), (model.in_channels, model.input_size, model.input_size)
+    labels = torch.tensor(output.labels)                                                        # (num,)
 
     def draw(first):
-        return noise_of(args.seed, range(first, min(first + args.batch_size, args.num)), shape)
+        return noise_of(args.seed, range(first, min(first + args.batch_size, args.num)), rae.latent_shape)
 
     with ThreadPoolExecutor(2) as drawers, ThreadPoolExecutor(WRITERS) as writers:
         drawn, writing = deque(drawers.submit(draw, first) for first in todo[:2]), deque()
@@ -334,15 +334,14 @@ def train_classifier(images, labels, num_classes, steps, device, seed=0):
 
 
 @torch.no_grad()
-def rate(images, labels, real, classifier, rae, device):
+def rate(images, labels, wanted, measure, classifier, device):
     """How near images are to real ones in the features of the RAE's encoder, and whether each shows its class.
 
-    images (M, 3, S, S) and real (K, 3, S, S) uint8, labels (M,) -> dict(frechet, agreement in 0..1).
+    images (M, 3, S, S) uint8, labels (M,); measure(images) -> their fid.Statistics, and wanted those of the real ones.
+    -> dict(frechet, agreement in 0..1).
     """
-    def floats(x):
-        return x.to(device).float() / 255                                                       # (B, 3, S, S)
-    made, wanted = (feature_statistics(lambda x: rae.features(floats(x)), x, batch_size=500) for x in (images, real))
-    named = torch.cat([classifier(floats(x)).argmax(1).cpu() for x in images.split(500)])       # (M,)
+    made = measure(images)
+    named = torch.cat([classifier(x.to(device).float() / 255).argmax(1).cpu() for x in images.split(500)])      # (M,)
     return dict(frechet=frechet_distance(made.mean, made.covariance, wanted.mean, wanted.covariance),
                 agreement=(named == labels).float().mean().item())
 
@@ -399,7 +398,7 @@ def side_by_side(checkpoints, held_out, names, classifier, out, device, seed, pr
     say(f"\n{'':24} {'steps':>5} {'Frechet distance':>17} {'class agreement':>16} {'s per 1000':>11}")
 
     def add(name, steps, images, labels, seconds=None):
-        row = dict(name=name, steps=steps, **rate(images, labels, real, classifier, rae, device), seconds=seconds)
+        row = dict(name=name, steps=steps, **rate(images, labels, wanted, measure, classifier, device), seconds=seconds)
         rows.append(row | dict(images=images, labels=labels))
         say(f"{name:24} {steps:>5} {row['frechet']:17.3f} {row['agreement']:15.1%} " + (f"{seconds * 1000 / num:11.1f}" if seconds else ""))
 
@@ -409,6 +408,8 @@ def side_by_side(checkpoints, held_out, names, classifier, out, device, seed, pr
              f"{path}: holds no RAE, or knows {network.num_classes} classes where the images have {len(names)}; "
              "give a checkpoint of ours, and the --data that it was trained on")
         network, rae = network.to(device), unpack_rae(content["rae"], path=path).to(device)
+        measure = partial(feature_statistics, lambda x: rae.features(x.to(device).float() / 255), batch_size=500)
+        wanted = measure(real)                                                                  # of each RAE once
         if whole and not rows:
             add("real images, held out", "", real, real_labels)
             with torch.no_grad():

@@ -255,7 +255,7 @@ def load_data(args):
     if not args.toy:
         return Data(files, labels, classes, listing)
     images, good, bad = [], [], []
-    with tqdm(files, desc="read", disable=int(os.environ.get("RANK", 0)) > 0, mininterval=2, leave=False) as bar:
+    with tqdm(files, desc="read", disable=fid.place()[0] > 0, mininterval=2, leave=False) as bar:
         for i, path in enumerate(bar):
             try:
                 images.append(read_photograph(path, 32))
@@ -476,7 +476,7 @@ def images_to_score(network, rae, args, num_classes, alpha, device, rank, world)
     first, last = (args.eval_num * r // world for r in (rank, rank + 1))
     for start in tqdm(range(first, last, 64), desc="evaluate", leave=False, disable=rank > 0):
         indices = range(start, min(start + 64, last))
-        noise = noise_of(args.seed, indices, (network.in_channels, network.input_size, network.input_size)).to(device)
+        noise = noise_of(args.seed, indices, rae.latent_shape).to(device)
         labels = torch.tensor(indices, device=device) % num_classes
         yield to_uint8(generate(network, rae, noise, labels, 1 if network.r_embedder is not None else 50, alpha))
 
@@ -744,7 +744,7 @@ def draw(stage, ema, rae, encode, data, num_classes, alpha, c, device):
             return originals_and(redraw, data.images, c["resolution"], device)
         columns = num_classes if num_classes <= 12 else 8
         labels = (torch.arange(columns) * (num_classes // columns)).repeat(4).to(device)                            # (4 columns,)
-        noise = noise_of(c["seed"], range(len(labels)), (ema.in_channels, ema.input_size, ema.input_size)).to(device)
+        noise = noise_of(c["seed"], range(len(labels)), rae.latent_shape).to(device)                                # (4 columns, C, G, G)
         return generate(ema, rae, noise, labels, 25 if stage == "flow" else 1, alpha), columns
 
 
@@ -784,7 +784,7 @@ def train(stage, args, data, stop):
     torch.manual_seed(zlib.crc32(f"{stage} {args.seed} start".encode()))
     build = build_autoencoder if stage in ON_IMAGES else build_flow
     trained, rae, teacher, alpha, classes = build(stage, args, c, Path(args.out), data and data.classes)
-    latent_shape = (rae or trained).encoder.shape if stage in ON_IMAGES else rae.latent_shape
+    latent_shape = rae.latent_shape if rae else trained.encoder.shape
     trained.to(device).train()
     ema = copy.deepcopy(trained).requires_grad_(False).eval()
     rae, teacher = (net if net is None else net.to(device) for net in (rae, teacher))
@@ -1232,12 +1232,12 @@ def main():
                 args.out = args.save_to
             data = load_data(args) if args.stage != "mid" else None
             clock = time.perf_counter()
-            if not args.stage and int(os.environ.get("RANK", 0)) == 0:
+            if not args.stage and fid.place()[0] == 0:
                 print(f"the stages {', '.join(TOY)}, then a report; pictures, logs and checkpoints go to {args.save_to}", file=sys.stderr)
             for stage in [args.stage] if args.stage else TOY:
                 with Stop() as stop:
                     train(stage, args, data, stop)
-            if int(os.environ.get("RANK", 0)) == 0:
+            if fid.place()[0] == 0:
                 if args.toy and not args.stage:
                     report(args, data)
                 tqdm.write(f"{(time.perf_counter() - clock) / 60:.1f} minutes", file=sys.stderr)
