@@ -1,23 +1,26 @@
-"""DiTDH: a diffusion transformer with a wide head, in the layout of the published checkpoints.
+"""DiTDH: a diffusion transformer with a wide head, as teacher (velocity) and as student (average velocity).
 
-Paper: arXiv 2511.13019 uses it unchanged as teacher and student; the wide "DDT head" comes from RAE, arXiv 2510.11690.
-A narrow, deep encoder reads the noisy latent and distils it into one condition vector per token; a shallow head, at
-least as wide as the latent has channels, reads the same latent again and writes the velocity, token by token.
+Paper: arXiv 2511.13019 takes it unchanged from RAE, arXiv 2510.11690, whose name for the wide head is "DDT head".
+A narrow, deep encoder reads the noisy latent and writes one condition vector per token. A shallow, wide head reads the
+latent again and writes the velocity of each token.
 
     teacher  DiTDH(...)(z, t, y)                             velocity v(z, t)
     student  DiTDH(..., average_velocity=True)(z, t, y, r)   average velocity u(z, t, r), one more embedding: of t - r
 
     python dit.py       # parameters and multiply-accumulates of every size at every resolution
 
-Shapes: B images, C latent channels, G x G = N tokens, D width (of the encoder or of the head), K heads, F = 8/3 D hidden
-units. Modules and weights have the names that they have in the published checkpoints.
+Shapes: B images, C latent channels, G x G = N tokens, D width (of the encoder or of the head), K heads, F = 8/3 D
+hidden units. Modules and weights have the names of the published checkpoints.
 """
+import zipfile
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# (encoder, head). "toy" is ours; the rest are the published sizes.
+# (encoder, head). "toy" is ours, the rest are the published sizes.
 MODELS = {
     "toy": dict(hidden_size=(128, 128), depth=(4, 2), num_heads=(4, 4)),
     "S": dict(hidden_size=(384, 2048), depth=(12, 2), num_heads=(6, 16)),
@@ -38,18 +41,19 @@ def sincos_positions(dim, grid):
 
 
 class RotaryPositions(nn.Module):
-    """2-D rotary positions: channel pairs (2i, 2i + 1) of a head turn by row (first half) or by column (second half)."""
+    """2-D rotary positions: channel pairs (2i, 2i + 1) of a head turn by row (first half) or column (second half)."""
 
     def __init__(self, head_dim, grid):
         super().__init__()
         frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
         angle = (torch.arange(grid).float()[:, None] * frequency).repeat_interleave(2, dim=1)   # (G, head_dim / 2)
-        angle = torch.cat([angle[:, None].expand(grid, grid, -1), angle[None].expand(grid, grid, -1)], dim=2)   # (G, G, head_dim)
+        row, column = angle[:, None].expand(grid, grid, -1), angle[None].expand(grid, grid, -1)
+        angle = torch.cat([row, column], dim=2)                                                 # (G, G, head_dim)
         self.register_buffer("freqs_cos", angle.cos().flatten(0, 1))                            # (N, head_dim)
         self.register_buffer("freqs_sin", angle.sin().flatten(0, 1))
 
     def forward(self, x):
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)                                         # 2 x (..., N, D / K / 2)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)                                         # 2 x (..., N, D / 2K)
         turned = torch.stack([-odd, even], dim=-1).flatten(-2)                                  # (..., N, D / K)
         return (x * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)
 
@@ -71,14 +75,14 @@ class TimeEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """One vector per class and a last one for "no class": whoever drops labels passes num_classes as the label."""
+    """One vector per class, and a last one for "no class", the label num_classes: (B,) -> (B, D)."""
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, y):
-        return self.embedding_table(y)                                                          # (B,) -> (B, D)
+        return self.embedding_table(y)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,8 +93,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -131,7 +134,7 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each shifted, scaled and gated by the condition c: (B, 1, D) for all tokens, or (B, N, D)."""
+    """Attention and SwiGLU, shifted, scaled and gated by the condition c: (B, 1, D) for all tokens, or (B, N, D)."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -141,7 +144,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c, rotary):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)    # 6 x (B, 1 or N, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)  # 6 x (B, 1 or N, D)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rotary)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -161,18 +164,19 @@ class FinalLayer(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map of each latent pixel; a 1 x 1 convolution only because the published weights have its shape."""
+    """A linear map of each latent pixel, (B, C, G, G) -> (B, N, D), in the shape of a 1 x 1 convolution."""
 
     def __init__(self, in_channels, dim):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, 1)
 
     def forward(self, z):
-        return F.linear(z.flatten(2).transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (B, C, G, G) -> (B, N, D)
+        tokens = z.flatten(2).transpose(1, 2)                                                   # (B, N, C)
+        return F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)                    # (B, N, D)
 
 
 def run_block(block, *inputs, checkpointing=False):
-    """block(*inputs). With checkpointing its activations are not kept for the backward pass but computed again there."""
+    """block(*inputs). With checkpointing its activations are computed again in the backward pass, not kept."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
@@ -184,17 +188,16 @@ def run_block(block, *inputs, checkpointing=False):
 class DiTDH(nn.Module):
     """Velocity v(z, t, y), or with average_velocity=True the average velocity u(z, t, y, r) over [r, t].
 
-    input_size: latent grid side. hidden_size, depth, num_heads: (encoder, head). class_std, time_std: standard
-    deviations of the initial class table and time MLP; the published recipe has 0.02 for both, time_std None means Xavier.
+    input_size: side of the latent grid. hidden_size, depth, num_heads: (encoder, head).
     """
-    checkpointing = False  # True: blocks' activations are computed twice instead of kept
+    checkpointing = False  # True: the backward pass computes the blocks' activations again instead of keeping them
 
-    def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, num_classes, average_velocity=False,
-                 class_std=0.02, time_std=0.02):
+    def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, num_classes, average_velocity=False):
         super().__init__()
+        self.config = dict(input_size=input_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth,
+                           num_heads=num_heads, num_classes=num_classes, average_velocity=average_velocity)
         width, head_width = hidden_size
-        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
-        self.num_encoder_blocks = depth[0]
+        self.average_velocity, self.num_encoder_blocks = average_velocity, depth[0]
         self.register_buffer("pos_embed", sincos_positions(width, input_size)[None])            # (1, N, D)
         self.x_embedder = PatchEmbedding(in_channels, head_width)
         self.s_embedder = PatchEmbedding(in_channels, width)
@@ -207,31 +210,28 @@ class DiTDH(nn.Module):
         self.blocks = nn.ModuleList([Block(width, num_heads[0]) for _ in range(depth[0])]
                                     + [Block(head_width, num_heads[1]) for _ in range(depth[1])])
         self.final_layer = FinalLayer(head_width, in_channels)
-        self.initialize_weights(class_std, time_std)
+        self.initialize_weights()
 
     @torch.no_grad()
-    def initialize_weights(self, class_std, time_std):
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=class_std)
-        if time_std is not None:
-            for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-                nn.init.normal_(layer.weight, std=time_std)
-        # Each block starts as the identity and the network as zero.
-        for module in [*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(module.weight)
-        # The time gap starts without effect: u(z, t, r) = v(z, t), so a student can take its teacher's weights as they are.
-        if self.r_embedder is not None:
-            nn.init.zeros_(self.r_embedder.mlp[2].weight)
+    def initialize_weights(self):
+        """The published start; layers that are not named here keep PyTorch's own."""
+        for layer in (self.x_embedder.proj, self.s_embedder.proj):
+            nn.init.xavier_uniform_(layer.weight.flatten(1))
+            nn.init.zeros_(layer.bias)
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        # Zero: each block starts as the identity, and the embedding of t - r without effect, u(z, t, r) = v(z, t).
+        zero = [self.final_layer.linear] + ([self.r_embedder.mlp[2]] if self.average_velocity else [])
+        for layer in zero + [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, z, t, y, r=None):
         """z (B, C, G, G), times t and r (B,) in [0, 1] with r <= t, labels y (B,) in 0..num_classes -> (B, C, G, G)."""
         time = self.t_embedder(t)                                                               # (B, D)
-        if self.r_embedder is not None:
+        if self.average_velocity:
             time = time + self.r_embedder(t - r)
-        c = F.silu(time + self.y_embedder(y))[:, None]                                          # (B, 1, D); SiLU once more in each block
+        c = F.silu(time + self.y_embedder(y))[:, None]                                          # (B, 1, D)
         encoder, head = self.blocks[:self.num_encoder_blocks], self.blocks[self.num_encoder_blocks:]
 
         s = self.s_embedder(z) + self.pos_embed                                                 # (B, N, D)
@@ -246,22 +246,61 @@ class DiTDH(nn.Module):
         return x.transpose(1, 2).unflatten(2, z.shape[2:])                                      # (B, C, G, G)
 
 
-def infer_config(state):
-    """The arguments of DiTDH that a state dict in the published layout was made with, read off its shapes."""
-    width, head_width = len(state["s_embedder.proj.bias"]), len(state["x_embedder.proj.bias"])
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})  # a count: a number in a key may be any
-    head_depth = 2  # of all sizes here; where the head is wider than the encoder, its blocks can be counted
-    if width != head_width:
-        head_depth = sum(len(state[f"blocks.{i}.norm1.weight"]) == head_width for i in range(depth))
-    return dict(input_size=round(state["pos_embed"].shape[1] ** 0.5), in_channels=state["x_embedder.proj.weight"].shape[1],
-                hidden_size=(width, head_width), depth=(depth - head_depth, head_depth),
-                num_heads=(width // state["enc_feat_rope.freqs_cos"].shape[1], head_width // state["dec_feat_rope.freqs_cos"].shape[1]),
-                num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, average_velocity="r_embedder.W" in state)
+# ----------------------------------------------------------------------------------------------------------------------
+# A network from a checkpoint, a student from its teacher, the cost of a network
+
+def load_file(path):
+    """Content of a .pt file, tensors and plain containers alone. Tensors stay on the disk until they are used."""
+    if not Path(path).is_file():
+        raise SystemExit(f"{path}: no such file; give the path of a checkpoint")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def state_dict_of(content):
+    """The weights in the content of a file: under "ema" or "model", or bare."""
+    return next((content[key] for key in ("ema", "model") if key in content), content)
+
+
+def fill(network, state, path):
+    """Give a network on the device "meta" the weights of a state dict -> the network, frozen. SystemExit on NaN."""
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise SystemExit(f"{path}: {name} is not finite; the training has diverged, take an earlier checkpoint")
+    network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def load_network(path):
+    """Any checkpoint that holds a DiTDH, ours or published -> (network with the EMA weights, content of the file)."""
+    content = load_file(path)
+    state = state_dict_of(content)
+    if "x_embedder.proj.weight" not in state:
+        raise SystemExit(f"{path}: holds no velocity network; give a checkpoint of a stage after rae")
+    with torch.device("meta"):
+        network = DiTDH(**content.get("network") or published_config(state, path))
+    return fill(network, state, path), content
+
+
+def published_config(state, path):
+    """Arguments of DiTDH for published weights, which come without them: a size of MODELS, the rest from shapes."""
+    widths = len(state["s_embedder.proj.bias"]), len(state["x_embedder.proj.bias"])
+    sizes = [size for size in MODELS.values() if size["hidden_size"] == widths]
+    if not sizes:
+        raise SystemExit(f"{path}: widths {widths} are of no published DiTDH; add its size to MODELS in dit.py")
+    return dict(sizes[0], input_size=round(state["pos_embed"].shape[1] ** 0.5),
+                in_channels=state["x_embedder.proj.weight"].shape[1], average_velocity="r_embedder.W" in state,
+                num_classes=len(state["y_embedder.embedding_table.weight"]) - 1)
+
+
+def student_of(teacher):
+    """A student that starts as its teacher: all its weights, and an embedding of t - r without effect."""
+    student = DiTDH(**teacher.config | dict(average_velocity=True))
+    student.load_state_dict(student.state_dict() | teacher.state_dict())
+    return student
 
 
 def count(model, *inputs):
-    """(parameters, multiply-accumulates) of one call; meta tensors will do. Counts every matrix product, attention's
-    two included; leaves out element-wise work, norms and look-ups."""
+    """(parameters, multiply-accumulates) of one call: every matrix product, attention's two included, nothing else."""
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
@@ -269,13 +308,13 @@ def count(model, *inputs):
 
 
 if __name__ == "__main__":
-    import argparse
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()     # --help alone
     print("average-velocity network; MACs of one evaluation of one image, all matrix products counted\n")
     print(f"{'model':6} {'image':>5} {'latent':>11} {'parameters':>11} {'GMACs':>7}")
-    with torch.device("meta"):
-        for name, grid, channels, image in [("toy", 4, 96, 32)] + [(n, g, 768, 16 * g) for g in (16, 32) for n in ("S", "B", "XL")]:
-            model = DiTDH(input_size=grid, in_channels=channels, num_classes=1000, average_velocity=True, **MODELS[name])
-            t = torch.ones(1)
-            parameters, macs = count(model, torch.empty(1, channels, grid, grid), t, torch.zeros(1, dtype=torch.long), t)
-            print(f"{name:6} {image:5} {channels:4}x{grid:2}x{grid:2}  {parameters / 1e6:10.1f}M {macs / 1e9:7.1f}")
+    for image, channels, names in ((32, 96, ["toy"]), (256, 768, ["S", "B", "XL"]), (512, 768, ["S", "B", "XL"])):
+        for name in names:
+            grid = 4 if name == "toy" else image // 16
+            with torch.device("meta"):
+                model = DiTDH(grid, channels, num_classes=1000, average_velocity=True, **MODELS[name])
+                t, y = torch.ones(1), torch.zeros(1, dtype=torch.long)
+                parameters, macs = count(model, torch.empty(1, channels, grid, grid), t, y, t)
+            print(f"{name:6} {image:5} {channels:4}x{grid:2}x{grid:2}  {parameters / 1e6:9.1f}M {macs / 1e9:7.1f}")

@@ -1,7 +1,7 @@
-"""The mathematics: flow matching, mid-training, MeanFlow distillation and training, the ODE solver and the samplers.
+"""The mathematics: flow matching, mid-training, MeanFlow distillation and training, the ODE solver and the sampler.
 
-Paper: arXiv 2511.13019 (stages), after MeanFlow, arXiv 2505.13447 (E5) and flow matching (E2). Numbers E1 to E6 are this
-file's own. Nothing here knows what an image, a network or a GPU is: models are callables, and any callable serves.
+Paper: arXiv 2511.13019 (the stages), after MeanFlow, arXiv 2505.13447 (E5), and flow matching, arXiv 2210.02747 (E2).
+The numbers E1 to E7 are this file's own. Models are callables: nothing here knows what an image or a network is.
 
     python meanflow.py      # the whole method on a 2-D checkerboard: half a minute of one core, ends in meanflow.png
 
@@ -16,8 +16,7 @@ The direction, everywhere:  t = 1 is noise, t = 0 is data, and r <= t.
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
-WEIGHT_EPS = 1e-3  # added to the squared error of a latent, so that its log and 1 / L^p stay finite
+ADAPTIVE_EPS = 1e-3  # added to the squared error of a sample, so that its log and 1 / L^p stay finite
 
 
 def expand(t, z):
@@ -38,15 +37,15 @@ def alpha_of(channels, grid):
     return (channels * grid**2 / 4096) ** 0.5
 
 
-def flow_matching_times(uniform, alpha):
-    """Uniform numbers (B,) -> times (B,) of the teacher's loss: logit-normal(0, 1), then shifted (E1)."""
-    return shift_time(torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).sigmoid(), alpha)
+def flow_matching_times(normal, alpha):
+    """Standard normal numbers (B,) -> times (B,) of the teacher's loss: logit-normal(0, 1), then shifted (E1)."""
+    return shift_time(normal.sigmoid(), alpha)
 
 
-def mean_flow_times(uniforms, keep_gap, alpha):
-    """Uniform numbers (2, B) -> (t, r): two shifted times in order where keep_gap (B,) is true, else r = t, the later of the two."""
-    r, t = shift_time(uniforms, alpha).sort(dim=0)[0]
-    return t, torch.where(keep_gap, r, t)
+def mean_flow_times(uniform, r_not_equal_t, alpha):
+    """Uniform numbers (2, B) -> (t, r): two shifted times in order. Where r_not_equal_t (B,) is False, r = t."""
+    r, t = shift_time(uniform, alpha).sort(dim=0)[0]
+    return t, torch.where(r_not_equal_t, r, t)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,8 +58,7 @@ def flow_matching_loss(model, x, y, alpha, t=None, noise=None):
     Returns (loss, metrics); metrics["mse"] is the raw mean squared error, here the loss itself.
     """
     noise = torch.randn_like(x) if noise is None else noise
-    t = flow_matching_times(torch.rand(len(x), dtype=x.dtype), alpha) if t is None else t
-    t = t.to(x, non_blocking=True)
+    t = flow_matching_times(torch.randn(len(x)).to(x), alpha) if t is None else t
     z = (1 - expand(t, x)) * x + expand(t, x) * noise                                           # (B, ...)
     loss = (model(z, t, y) - (noise - x)).square().mean()
     return loss, {"mse": loss.detach()}
@@ -71,7 +69,7 @@ def solve_flow(v, noise, y, steps, alpha, solver="euler", last_only=False):
     """E3: integrate dz/dt = v(z, t, y) from noise (t = 1) to data (t = 0) through `steps` + 1 shifted times.
 
     Euler evaluates v once a step, Heun twice. Returns (trajectory, times): (steps + 1, B, ...), or (1, B, ...) with
-    last_only, and (steps + 1,), both from noise to data; the last time is exactly 0.
+    last_only, and (steps + 1,), both from noise to data. The last time is exactly 0.
     """
     if steps < 1 or solver not in ("euler", "heun"):
         raise ValueError(f"steps must be at least 1 and solver 'euler' or 'heun', not {steps} and {solver!r}")
@@ -89,33 +87,35 @@ def solve_flow(v, noise, y, steps, alpha, solver="euler", last_only=False):
     return torch.stack(trajectory), times
 
 
-def guided(v, weight, null):
-    """Classifier-free guidance (Ho and Salimans 2022): v(z, t, null) + weight (v(z, t, y) - v(z, t, null)), null the label of no
-    class. A student distilled from it has the guidance built in. The paper uses none (weight 1)."""
+def guided(v, guidance_scale, num_classes):
+    """E6: v_weak + w (v - v_weak). A student distilled from this velocity needs no guidance when it samples.
+
+    v_weak is v with the label "no class", num_classes: classifier-free guidance, arXiv 2207.12598. The paper: w = 1.
+    """
     def velocity(z, t, y):
-        given, free = v(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)])).chunk(2)
-        return free + weight * (given - free)
+        weak = v(z, t, torch.full_like(y, num_classes))                                         # (B, ...)
+        return weak + guidance_scale * (v(z, t, y) - weak)
     return velocity
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage "mid": Consistency Mid-Training. The student first learns the teacher's finite jumps, read off a solved
-# trajectory: a plain regression with bounded targets, where E5 from a random or a teacher's start explodes.
+# trajectory. This is a plain regression with bounded targets, where E5 from a random or a teacher's start explodes.
 
 def mid_training_loss(student, teacher, noise, y, alpha, num_points=17, num_pairs=64, pairs=None, solver="euler"):
-    """E4: mean of |u(z_t, t, y, r) - (z_t - z_r) / (t - r)|^2, z_t and z_r two nodes of one teacher trajectory.
+    """E4: mean of |u(z_t, t, y, r) - (z_t - z_r) / (t - r)|^2, z_t and z_r two points of one teacher trajectory.
 
-    noise (B, ...) starts B trajectories of num_points nodes; from each come num_pairs pairs of nodes, numbered by
-    pairs (B, num_pairs) in 0 .. num_points (num_points - 1) / 2 - 1, drawn where not given. No data, no weighting, and
-    each pair carries the times that the solver really stepped through. Returns (loss, {"mse"}).
+    noise (B, ...) starts B trajectories of num_points points. Each gives num_pairs pairs of points, numbered by
+    pairs (B, num_pairs) in 0 .. num_points (num_points - 1) / 2 - 1, drawn where not given. No data, no weighting; each
+    pair carries the times that the solver stepped through. Returns (loss, {"mse"}).
     """
-    trajectory, times = solve_flow(teacher, noise, y, num_points - 1, alpha, solver)             # (P, B, ...), (P,)
-    nodes = torch.triu_indices(num_points, num_points, offset=1, device=noise.device)           # (2, P (P - 1) / 2)
+    trajectory, times = solve_flow(teacher, noise, y, num_points - 1, alpha, solver)            # (P, B, ...), (P,)
+    points = torch.triu_indices(num_points, num_points, offset=1, device=noise.device)          # (2, P (P - 1) / 2)
     if pairs is None:
-        pairs = torch.randint(nodes.shape[1], (len(noise), num_pairs), device=noise.device)
-    start, end = nodes[:, pairs.to(noise.device, non_blocking=True)]                            # 2 x (B, pairs): t > r
+        pairs = torch.randint(points.shape[1], (len(noise), num_pairs), device=noise.device)
+    start, end = points[:, pairs]                                                               # 2 x (B, pairs): t > r
     row = torch.arange(len(noise), device=noise.device)[:, None]                                # (B, 1)
-    z_t, z_r = (trajectory[node, row].flatten(0, 1) for node in (start, end))                   # 2 x (B * pairs, ...)
+    z_t, z_r = (trajectory[point, row].flatten(0, 1) for point in (start, end))                 # 2 x (B * pairs, ...)
     t, r = times[start].flatten(), times[end].flatten()                                         # 2 x (B * pairs,)
     y = y.repeat_interleave(start.shape[1])                                                     # (B * pairs,)
     loss = (student(z_t, t, y, r) - (z_t - z_r) / expand(t - r, z_t)).square().mean()
@@ -123,58 +123,60 @@ def mid_training_loss(student, teacher, noise, y, alpha, num_points=17, num_pair
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stages "distill" and "bootstrap": the MeanFlow identity. Differentiate (t - r) u(z_t, t, r) = z_t - z_r along the flow,
-# with r fixed and dz/dt = v:   u + (t - r) du/dt = v,   so   u = v - (t - r) du/dt.
+# Stages "distill" and "bootstrap": the MeanFlow identity. Differentiate (t - r) u(z_t, t, r) = z_t - z_r along the
+# flow, with r fixed and dz/dt = v:   u + (t - r) du/dt = v,   so   u = v - (t - r) du/dt.
 
 @torch.no_grad()
 def total_derivative(u, z, t, r, y, v, method="jvp", delta=5e-3):
-    """du/dt = v ∂u/∂z + ∂u/∂t: the total derivative along the flow dz/dt = v, with r fixed. (B, ...) like z, without a graph.
+    """du/dt = v ∂u/∂z + ∂u/∂t: the total derivative along the flow dz/dt = v, with r fixed. No graph.
 
     "jvp" is exact: one forward pass that carries tangents. Fused attention has no forward mode, hence the math backend.
-    "fd" is the central difference over t +- delta, of second order in delta: two plain passes, fused attention stays. Its
-    t + delta may lie above 1 and its t - delta below r; u is evaluated there all the same.
+    "fd" is the central difference over t +- delta, of second order in delta: two plain passes, with fused attention.
     """
     if method == "jvp":
         dz_dt, dt_dt, dr_dt = v.to(z.dtype), torch.ones_like(t), torch.zeros_like(r)
         with sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(lambda z, t, r: u(z, t, y, r), (z, t, r), (dz_dt, dt_dt, dr_dt))[1].to(z.dtype)
     if method == "fd":
-        both = [torch.cat([a + delta * da, a - delta * da]) for a, da in ((z, v), (t, torch.ones_like(t)))]
-        after, before = u(*both, y.repeat(2), r.repeat(2)).to(z.dtype).chunk(2)
+        z_both = torch.cat([z + delta * v, z - delta * v])                                      # (2 B, ...)
+        t_both = torch.cat([t + delta, t - delta])                                              # (2 B,)
+        after, before = u(z_both, t_both, y.repeat(2), r.repeat(2)).to(z.dtype).chunk(2)        # 2 x (B, ...)
         return (after - before) / (2 * delta)
     raise ValueError(f"method must be 'jvp' or 'fd', not {method!r}")
 
 
-def mean_flow_loss(student, x, y, alpha, teacher=None, derivative="jvp", delta=5e-3, t=None, r=None, noise=None, gap_share=0.25, power=1.0):
-    """E5: mean over samples of log L, L = |u(z_t, t, y, r) - stopgrad(v - (t - r) du/dt)|^2 + 0.001, summed over a latent.
+def mean_flow_loss(student, x, y, alpha, teacher=None, derivative="jvp", delta=5e-3, t=None, r=None, noise=None,
+                   ratio_r_not_equal_t=0.25, adaptive_p=1.0, du_dt=None):
+    """E5: mean over samples of log L, L = |u(z_t, t, y, r) - stopgrad(v - (t - r) du/dt)|^2 + 0.001 over a latent.
 
     v is teacher(z_t, t, y) (MeanFlow distillation) or, without a teacher, the one-point estimate e - x (MeanFlow
-    training). log L has the gradient of the paper's adaptive weighting 1 / L^p with p = 1; another `power` p gives
-    L^(1 - p) / (1 - p). At p = 0 that is a plain squared error, but summed over a latent where E2 and E4 average: it and
-    its gradient are as many times larger as a latent has entries. Where r = t the target is v alone, and no derivative is
-    computed. Of times not given, a share gap_share has r < t; given ones are best left on the CPU.
+    training). log L has the gradient of the paper's adaptive weighting 1 / L^p with p = 1. Another adaptive_p gives
+    L^(1 - p) / (1 - p): at p = 0 a plain squared error, but summed over a latent where E2 and E4 average.
+    Where r = t the target is v alone, and no derivative is computed. t, r (B,) and noise like x are drawn where not
+    given, with r < t for the share ratio_r_not_equal_t. du_dt(z, t, r, y, v) may replace total_derivative of student.
     Returns (loss, metrics); metrics["mse"] is the raw mean squared error before weighting.
     """
     noise = torch.randn_like(x) if noise is None else noise
     if t is None:
-        t, r = mean_flow_times(torch.rand(2, len(x), dtype=x.dtype), torch.rand(len(x)) < gap_share, alpha)
-    gap = (r < t).nonzero()[:, 0].to(x.device, non_blocking=True)                               # on a GPU, nonzero() would wait for it
-    t, r = t.to(x, non_blocking=True), r.to(x, non_blocking=True)
+        uniform, r_not_equal_t = torch.rand(2, len(x)).to(x), torch.rand(len(x)).to(x.device) < ratio_r_not_equal_t
+        t, r = mean_flow_times(uniform, r_not_equal_t, alpha)
     z = (1 - expand(t, x)) * x + expand(t, x) * noise                                           # (B, ...)
     with torch.no_grad():
         target = noise - x if teacher is None else teacher(z, t, y).to(x.dtype)                 # v, (B, ...)
-        if len(gap):
-            du_dt = total_derivative(student, z[gap], t[gap], r[gap], y[gap], target[gap], derivative, delta)
-            target = target.index_add(0, gap, expand((r - t)[gap], x) * du_dt)                  # v - (t - r) du/dt
-    error = (student(z, t, y, r) - target).square().flatten(1)                                  # (B, C H W)
-    total = error.sum(1) + WEIGHT_EPS                                                           # L, (B,)
-    loss = (total.log() if power == 1 else total ** (1 - power) / (1 - power)).mean()
+        some = (r < t).nonzero()[:, 0]                                                          # (K,), of B samples
+        if len(some):
+            inputs = z[some], t[some], r[some], y[some], target[some]
+            change = du_dt(*inputs) if du_dt else total_derivative(student, *inputs, derivative, delta)
+            target = target.index_add(0, some, expand((r - t)[some], x) * change)               # v - (t - r) du/dt
+    error = (student(z, t, y, r) - target).square().flatten(1)                                  # (B, C G G)
+    total = error.sum(1) + ADAPTIVE_EPS                                                         # L, (B,)
+    loss = (total.log() if adaptive_p == 1 else total ** (1 - adaptive_p) / (1 - adaptive_p)).mean()
     return loss, {"mse": error.detach().mean()}
 
 
 @torch.no_grad()
 def sample(u, noise, y, steps=1):
-    """E6: z_r = z_t - (t - r) u(z_t, t, y, r) over `steps` equal intervals from t = 1 to 0: `steps` evaluations of u."""
+    """E7: z_r = z_t - (t - r) u(z_t, t, y, r) over equal intervals from t = 1 to 0: `steps` evaluations of u."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     times, z = torch.linspace(1, 0, steps + 1, dtype=torch.float64).to(noise), noise
@@ -187,14 +189,14 @@ def sample(u, noise, y, steps=1):
 # The demo, `python meanflow.py`: every stage in turn on points of a 4 x 4 checkerboard over [-2, 2]^2
 
 class MLP(torch.nn.Module):
-    """v(z, t, y), and u(z, t, y, r) with the same weights and those of one more input, t - r. z, v and u (B, ..., 2)."""
+    """v(z, t, y), and u(z, t, y, r) with the same weights and one more input, t - r. z, v and u: (B, ..., 2)."""
 
     def __init__(self, width=128, depth=5):
         super().__init__()
-        self.register_buffer("frequencies", torch.pi * torch.tensor([0.5, 1, 2]))              # without waves, the edges blur
-        self.first = torch.nn.Linear(2 + 1 + 6 + 6, width)                                      # z, t, sines and cosines of z
+        self.register_buffer("frequencies", torch.pi * torch.tensor([0.5, 1, 2]))              # else edges blur
+        self.first = torch.nn.Linear(2 + 1 + 6 + 6, width)                                      # z, t, waves of z
         self.gap = torch.nn.Linear(1, width, bias=False)
-        torch.nn.init.zeros_(self.gap.weight)                                                   # a new student's u is its teacher's v
+        torch.nn.init.zeros_(self.gap.weight)                                                   # a new student: u = v
         hidden = [layer for _ in range(depth - 1) for layer in (torch.nn.Linear(width, width), torch.nn.SiLU())]
         self.rest = torch.nn.Sequential(torch.nn.SiLU(), *hidden, torch.nn.Linear(width, 2))
 
@@ -227,17 +229,17 @@ def train_demo(stage, model, loss_of, steps, lr):
 
 
 def fit(points):
-    """Points (M, 2) -> (share on the dark squares, total variation from the data: 0 equal, 1 disjoint), in bins of 0.2."""
+    """Points (M, 2) -> (share on the dark squares, total variation from the data, 0 to 1), in bins of 0.2."""
     dark = torch.arange(4)[:, None] % 2 == torch.arange(4) % 2                                  # (4, 4) squares
-    density = torch.kron(dark / 8, torch.ones(5, 5) / 25)                                       # (20, 20) bins over [-2, 2]^2
-    density = torch.nn.functional.pad(density, [4] * 4)                                         # (28, 28) over [-2.8, 2.8]^2
+    density = torch.kron(dark / 8, torch.ones(5, 5) / 25)                                       # (20, 20) on [-2, 2]^2
+    density = torch.nn.functional.pad(density, [4] * 4)                                         # (28, 28), wider
     share = torch.histogramdd(points, [28, 28], [-2.8, 2.8, -2.8, 2.8])[0] / len(points)        # (28, 28)
     outside = 1 - share.sum()
     return share[density > 0].sum().item(), ((share - density).abs().sum() + outside).item() / 2
 
 
 def draw(panels, paths, path, side=224, columns=4):
-    """panels {title: points (M, 2)} as clouds and {title: {colour: lines (points of a line, lines, 2)}} in a last one -> PNG."""
+    """panels {title: points (M, 2)} as clouds, paths {title: {colour: lines (points, lines, 2)}} last -> PNG."""
     from PIL import Image, ImageDraw
     rows = -(-(len(panels) + 1) // columns)
     picture = Image.new("RGB", (columns * (side + 16), rows * (side + 40)), "white")
@@ -247,8 +249,9 @@ def draw(panels, paths, path, side=224, columns=4):
         pen.text((left, top - 24), title, "black", font_size=16)
         if torch.is_tensor(shown):
             count = torch.histogramdd(shown, [56, 56], [-2.8, 2.8, -2.8, 2.8])[0].T.flip(0)     # (56, 56), y points up
-            darkness = (800 * count / len(shown)).clamp(max=1.5)                                # of the data: 1 on dark squares
-            picture.paste(Image.fromarray((255 - 170 * darkness).byte().numpy()).resize((side, side), 0), (left, top))
+            darkness = (800 * count / len(shown)).clamp(max=1.5)                                # 1 where data are
+            cloud = Image.fromarray((255 - 170 * darkness).byte().numpy())
+            picture.paste(cloud.resize((side, side), Image.Resampling.NEAREST), (left, top))
             continue
         for colour, lines in shown.items():
             pixels = (lines * torch.tensor([1, -1]) + 2.8) * side / 5.6 + torch.tensor([left, top])
@@ -264,16 +267,17 @@ def demo(path="meanflow.png"):
     torch.manual_seed(0)
     noise, y = torch.randn(20_000, 2), torch.zeros(20_000)
     panels = {"data": checkerboard(20_000)}
-    teacher = train_demo("teacher", MLP(), lambda v: flow_matching_loss(v, checkerboard(512), y[:512], alpha=1), 3000, 5e-3)
+    flow_loss = lambda v: flow_matching_loss(v, checkerboard(512), y[:512], alpha=1)
+    teacher = train_demo("teacher", MLP(), flow_loss, 3000, 5e-3)
     for steps, title in ((25, "teacher, 25 steps"), (4, "teacher, 4 steps"), (1, "teacher, 1 step")):
         panels[title] = solve_flow(teacher, noise, y, steps, alpha=1, last_only=True)[0][0]
-    losses = {  # for E5 a sample is a cloud of 8 points: the log needs many dimensions, with 2 it pulls u away from the mean
-        "mid": (lambda u: mid_training_loss(u, teacher, torch.randn(64, 2), y[:64], alpha=1, num_pairs=8), 2000, 3e-3),
-        "distill": (lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1, teacher=teacher), 600, 2e-4),
-        "bootstrap": (lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1), 200, 1e-4),
-    }
+    # For E5 a sample is a cloud of 8 points: with the 2 dimensions of one point, the log pulls u away from the mean.
+    mid = lambda u: mid_training_loss(u, teacher, torch.randn(64, 2), y[:64], alpha=1, num_pairs=8)
+    distill = lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1, teacher=teacher)
+    bootstrap = lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1)
+    stages = {"mid": (mid, 2000, 3e-3), "distill": (distill, 600, 2e-4), "bootstrap": (bootstrap, 200, 1e-4)}
     student = teacher
-    for stage, (loss_of, steps, lr) in losses.items():
+    for stage, (loss_of, steps, lr) in stages.items():
         student = train_demo(stage, copy.deepcopy(student).requires_grad_(True), loss_of, steps, lr)
         panels[f"{stage}, 1 step"] = sample(student, noise, y)
     print(f"\n{'':20}on dark squares    total variation from the data")
@@ -285,6 +289,4 @@ def demo(path="meanflow.png"):
 
 
 if __name__ == "__main__":
-    import argparse
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()     # --help alone
     demo()
