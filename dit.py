@@ -308,13 +308,12 @@ def count(model, *inputs):
 
 
 if __name__ == "__main__":
-    print("average-velocity network; MACs of one evaluation of one image, all matrix products counted\n")
-    print(f"{'model':6} {'image':>5} {'latent':>11} {'parameters':>11} {'GMACs':>7}")
-    for image, channels, names in ((32, 96, ["toy"]), (256, 768, ["S", "B", "XL"]), (512, 768, ["S", "B", "XL"])):
-        for name in names:
-            grid = 4 if name == "toy" else image // 16
-            with torch.device("meta"):
-                model = DiTDH(grid, channels, num_classes=1000, average_velocity=True, **MODELS[name])
-                t, y = torch.ones(1), torch.zeros(1, dtype=torch.long)
-                parameters, macs = count(model, torch.empty(1, channels, grid, grid), t, y, t)
-            print(f"{name:6} {image:5} {channels:4}x{grid:2}x{grid:2}  {parameters / 1e6:9.1f}M {macs / 1e9:7.1f}")
+    print("average-velocity network; GMACs of one evaluation of one image, all matrix products counted\n")
+    print("model  image      latent  parameters   GMACs")
+    for name, image in [("toy", 32)] + [(name, image) for image in (256, 512) for name in ("S", "B", "XL")]:
+        channels, grid = (96, 4) if name == "toy" else (768, image // 16)
+        with torch.device("meta"):
+            model = DiTDH(grid, channels, num_classes=1000, average_velocity=True, **MODELS[name])
+            t, y = torch.ones(1), torch.zeros(1, dtype=torch.long)
+            parameters, macs = count(model, torch.empty(1, channels, grid, grid), t, y, t)
+        print(f"{name:6} {image:5} {channels:4}x{grid:2}x{grid:2}  {parameters / 1e6:9.1f}M {macs / 1e9:7.1f}")

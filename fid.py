@@ -17,11 +17,9 @@ import json
 import os
 import zipfile
 from collections import namedtuple
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -31,6 +29,7 @@ from torch.backends import cudnn
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import Inception3
+from torchvision.transforms.functional import InterpolationMode, normalize, pil_to_tensor, resize
 from tqdm import tqdm
 
 from dit import load_file
@@ -39,6 +38,7 @@ from sample import load_all, make_images, reconstruct, save_grid, start_processe
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the end of the name is the start of the file's sha256
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
+ENDS = dict(pool="", spatial="_s")  # behind the names mu and sigma in a file of statistics, as in ADM's
 DINO = "vit_large_patch14_dinov2.lvd142m"  # CLS token at 224, the extractor of Stein et al. 2023, arXiv 2306.04675
 
 
@@ -48,11 +48,10 @@ DINO = "vit_large_patch14_dinov2.lvd142m"  # CLS token at 224, the extractor of 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of means (D,) and covariances (D, D) -> float.
 
-    With sigma = R R^T, that trace is the sum of the singular values of R1^T R2. Source: arXiv 1706.08500.
+    With sigma = R R^T, the root's trace is the sum of the singular values of R1^T R2. NaN or infinity: ValueError.
+    Source: arXiv 1706.08500.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
-    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("frechet_distance: NaN or infinity; check the features")
+    mu1, sigma1, mu2, sigma2 = (np.asarray_chkfinite(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
     def root(sigma):
         values, vectors = np.linalg.eigh(sigma)
         return vectors * np.sqrt(values.clip(0))                                                # (D, D)
@@ -74,15 +73,12 @@ def precision_recall(samples, reference, k=3, chunk=500):
 
     A manifold: balls around all points, as wide as the distance to the k-th nearest other. Source: arXiv 1904.06991.
     """
+    def share_inside(points, z):
+        radii = torch.cat([torch.cdist(part, z).kthvalue(k + 1).values for part in z.split(chunk)])     # (M,)
+        inside = torch.cat([(torch.cdist(part, z) <= radii).any(1) for part in points.split(chunk)])    # (N,)
+        return inside.double().mean().item()
     x, y = samples.double(), reference.double()
-    radius = lambda z: torch.cat([torch.cdist(part, z).kthvalue(k + 1).values for part in z.split(chunk)])
-    radii_x, radii_y = radius(x), radius(y)                                                     # (N,), (M,)
-    precise, recalled = [], torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    for part, radii in zip(x.split(chunk), radii_x.split(chunk)):
-        apart = torch.cdist(part, y)                                                            # (n, M)
-        precise.append((apart <= radii_y).any(1))
-        recalled |= (apart <= radii[:, None]).any(0)
-    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
+    return share_inside(x, y), share_inside(y, x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,15 +98,9 @@ def resize_tensorflow1(images, size=299):
 
 def use_pooling(block, pool):
     """Give a block's branch_pool pool(x) of the block's input x. torchvision's own average counts the zero padding."""
-    def remember(block, inputs):
-        block.pool_input = inputs[0]
-
-    def replace(branch, inputs):
-        x, block.pool_input = block.pool_input, None
-        return pool(x)
-    block.pool_input = None
-    block.register_forward_pre_hook(remember)
-    block.branch_pool.register_forward_pre_hook(replace)
+    pooled = []
+    block.register_forward_pre_hook(lambda block, inputs: pooled.append(pool(inputs[0])))
+    block.branch_pool.register_forward_pre_hook(lambda branch, inputs: pooled.pop())            # in place of its input
 
 
 class Inception(Inception3):
@@ -130,8 +120,7 @@ class Inception(Inception3):
         self.eval().requires_grad_(False)
 
     def forward(self, images):
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: {images.dtype} {tuple(images.shape)} is not uint8 (N, 3, H, W); convert them")
+        assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
         x = (resize_tensorflow1(images.float()) - 128) / 128                                    # (N, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))                       # (N, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))                            # (N, 192, 71, 71)
@@ -153,7 +142,7 @@ Extractor = namedtuple("Extractor", ("extract", "name", "dims"))
 def fingerprint(net):
     digest = hashlib.sha256()
     for _, tensor in sorted(net.state_dict().items()):
-        digest.update(tensor.cpu().float().contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().float().numpy().tobytes())
     return digest.hexdigest()[:8]
 
 
@@ -163,52 +152,39 @@ def rae_extractor(rae):
 
 
 def make_extractor(features="inception", weights=None, device="cpu"):
-    """features: inception, dino, a name of timm, or rae. weights: as in fetch, Inception's file, a checkpoint."""
+    """features: inception, dino or rae. weights: as in fetch; or Inception's file; of rae, a checkpoint."""
     if features == "inception":
         net, file = Inception(), weights and Path(weights).is_file()
         net.load_state_dict(load_file(weights if file else fetch(INCEPTION_FILE, INCEPTION_URL, weights)))
         return Extractor(net.to(device), f"inception-{fingerprint(net)}", 2048)
     if features == "rae":
         return rae_extractor(load_rae(weights).fetch_encoder().to(device))
-    net = timm_network(DINO, weights, img_size=224) if features == "dino" else timm_network(features, weights)
-    net.reset_classifier(0)
-    config = timm.data.resolve_data_config(dict(img_size=224) if features == "dino" else {}, model=net)
-    size, mode = config["input_size"][1:], "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-    mean, std = (torch.tensor(config[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
-    net.to(device)
+    net = timm_network(DINO, weights, img_size=224).to(device)
     def extract(x):
-        x = F.interpolate(x.float(), size, mode=mode, antialias=True).round().clamp(0, 255)     # (B, 3, *size), as PIL
-        return dict(pool=net((x / 255 - mean) / std).flatten(1))                                # (B, D)
-    return Extractor(extract, f"{features}-{fingerprint(net)}", net.num_features)
+        x = resize(x, (224, 224), InterpolationMode.BICUBIC)                                    # as PIL resizes
+        x = normalize(x / 255, net.pretrained_cfg["mean"], net.pretrained_cfg["std"])           # (B, 3, 224, 224)
+        return dict(pool=net.forward_head(net.forward_features(x), pre_logits=True))            # (B, D)
+    return Extractor(extract, f"dino-{fingerprint(net)}", net.num_features)
 
 
-@contextmanager
-def full_float32(device):
-    """No graph, no autocast, no TF32, whatever a training loop has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)
-    try:
-        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False), exact:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def measure(extractor, batches, device, keep=()):
+def measure(extractor, batches, device, keep=("pool", "logits")):
     """This process's share of the images, batches uint8 (B, 3, H, W), to the numbers of all processes' images:
 
     ({part: (mean, covariance)}, {part: features (N, D)} of the parts in keep). SystemExit with D images or fewer.
     """
     sums, kept, moments = {}, {part: [] for part in keep}, {}
+    before = torch.get_float32_matmul_precision()                   # of a training loop; here it is full float32
+    torch.set_float32_matmul_precision("highest")
+    no_autocast = torch.autocast(torch.device(device).type, enabled=False)
     for images in batches:
-        with full_float32(device):
+        with torch.no_grad(), no_autocast, cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):
             features = extractor.extract(images.to(device))
         for part in kept.keys() & features.keys():
             kept[part].append(features[part].cpu())
         for part in features.keys() - {"logits"}:
             x = F.pad(features[part].double(), (0, 1), value=1.0)                               # (B, D + 1)
             sums[part] = sums.get(part, 0) + x.T @ x                                            # (D + 1, D + 1)
+    torch.set_float32_matmul_precision(before)
     shares = [{part: torch.cat(rows) for part, rows in kept.items() if rows}]
     if dist.is_initialized():
         for part in sorted(sums):
@@ -224,11 +200,8 @@ def measure(extractor, batches, device, keep=()):
     return moments, {part: torch.cat([share[part] for share in shares]) for part in shares[0]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Two sides of a comparison
-
 def stack_images(files):
-    return torch.stack([torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1) for file in files])
+    return torch.stack([pil_to_tensor(read_image(file)) for file in files])                     # (B, 3, H, W)
 
 
 def folder_images(path, rank, world, batch_size):
@@ -237,8 +210,7 @@ def folder_images(path, rank, world, batch_size):
     files = sorted(file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
     if not files:
         raise SystemExit(f"{path}: no image in this folder; give one that holds images")
-    np.random.RandomState(0).shuffle(files)             # in order of classes, inception_score's splits would collapse
-    files = files[len(files) * rank // world:len(files) * (rank + 1) // world]
+    files = np.array_split(np.random.RandomState(0).permutation(files), world)[rank]        # in random order
     return DataLoader(files, batch_size, num_workers=min(4, os.cpu_count()), collate_fn=stack_images)
 
 
@@ -247,7 +219,7 @@ def npz_images(path, rank, world, batch_size):
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+        if dtype != np.uint8 or shape[3:] != (3,) or fortran:
             raise SystemExit(f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3); round it before saving")
         first, last, size = shape[0] * rank // world, shape[0] * (rank + 1) // world, shape[1] * shape[2] * 3
         file.seek(first * size, os.SEEK_CUR)
@@ -256,23 +228,22 @@ def npz_images(path, rank, world, batch_size):
             yield torch.frombuffer(batch, dtype=torch.uint8).view(-1, *shape[1:]).permute(0, 3, 1, 2)
 
 
-def statistics_of(path, extractor, keep, device, rank=0, world=1, batch_size=32):
+def statistics_of(path, extractor, device, rank=0, world=1, batch_size=32):
     """A folder or .npz -> ({part: (mean, covariance)}, recorded or else measured, {part: features of its images})."""
     moments, batches = {}, None
     if Path(path).is_dir():
         batches = folder_images(path, rank, world, batch_size)
     elif zipfile.is_zipfile(path):
         with np.load(path) as archive:                                                          # reads on demand
-            name = str(archive["extractor"]) if "extractor" in archive else "inception"         # without: ADM's
-            ends = {"pool": "", "spatial": "_s"} if name in (extractor.name, extractor.name.split("-")[0]) else {}
-            moments = {part: (archive["mu" + end], archive["sigma" + end]) for part, end in ends.items()
-                       if "mu" + end in archive}
+            if extractor.name.startswith(str(archive.get("extractor", "inception"))):           # without: ADM's
+                moments = {part: (archive["mu" + end], archive["sigma" + end]) for part, end in ENDS.items()
+                           if "mu" + end in archive}
             batches = npz_images(path, rank, world, batch_size) if "arr_0" in archive else None
     if batches is None:
         if not moments:
             raise SystemExit(f"{path}: neither images nor statistics of {extractor.name}; give images")
         return moments, {}
-    measured, features = measure(extractor, tqdm(batches, str(path), disable=rank > 0), device, keep)
+    measured, features = measure(extractor, tqdm(batches, str(path), disable=rank > 0), device)
     return measured | moments, features
 
 
@@ -282,21 +253,20 @@ class Scorer:
     def __init__(self, reference, features="inception", weights=None, device="cpu", rank=0, world=1, batch_size=32):
         self.where = device, rank, world, batch_size
         self.extractor = make_extractor(features, weights, device)
-        self.moments, self.features = statistics_of(reference, self.extractor, ("pool",), *self.where)
+        self.moments, self.features = statistics_of(reference, self.extractor, *self.where)
 
     def __call__(self, samples):
-        keep = ("pool", "logits") if self.features else ("logits",)
         if isinstance(samples, (str, Path)):
-            moments, features = statistics_of(samples, self.extractor, keep, *self.where)
+            moments, features = statistics_of(samples, self.extractor, *self.where)
         else:
-            moments, features = measure(self.extractor, samples, self.where[0], keep)
+            moments, features = measure(self.extractor, samples, self.where[0])
         scores, inception = dict(extractor=self.extractor.name), self.extractor.name.startswith("inception")
         names = dict(pool="fid" if inception else "fd", spatial="sfid")
         for part in [part for part in names if part in moments and part in self.moments]:
             scores[names[part]] = frechet_distance(*moments[part], *self.moments[part])
         if "logits" in features:
             scores["inception_score"], scores["inception_score_all"] = inception_score(features["logits"])
-        if "pool" in features and "pool" in self.features:
+        if features and self.features:
             pools = (pool.to(self.where[0]) for pool in (features["pool"], self.features["pool"]))
             scores["precision"], scores["recall"] = precision_recall(*pools)
         return scores
@@ -324,20 +294,20 @@ def train_classifier(images, labels, num_classes, device, steps=250):
     return net.eval()
 
 
-def save_chart(rows, path, width=560, height=360):
+def save_chart(rows, path):
     """Frechet distance against steps, both logarithmic, a line per name -> PNG."""
-    picture = Image.new("RGB", (width, height), "white")
+    picture = Image.new("RGB", (560, 360), "white")
     pen, colours = ImageDraw.Draw(picture), ("royalblue", "crimson", "seagreen", "darkorange", "purple", "black")
     points = np.log([(row["steps"], row["fd_encoder"]) for row in rows])                        # (rows, 2)
     low, high = points.min(0), points.max(0) + 1e-9
-    points = (points - low) / (high - low) * (width - 90, 160 - height) + (40, height - 40)     # in pixels
+    points = (points - low) / (high - low) * (470, -200) + (40, 320)                            # in pixels
     for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
-        mine = [k for k, row in enumerate(rows) if row["name"] == name]
-        pen.text((60, 8 + 16 * i), f"{name}: Frechet distance against steps", colours[i % 6], font_size=13)
-        pen.line([tuple(points[k]) for k in mine], colours[i % 6], 2)
-        for k in mine:
-            pen.text(points[k], f"{rows[k]['fd_encoder']:.2f}", colours[i % 6], font_size=13)
-            pen.text((points[k][0], height - 24), f"{rows[k]['steps']}", "black", font_size=13)
+        line, colour = [(row, tuple(p)) for row, p in zip(rows, points) if row["name"] == name], colours[i % 6]
+        pen.text((60, 8 + 16 * i), f"{name}: Frechet distance against steps", colour, font_size=13)
+        pen.line([point for _, point in line], colour, 2)
+        for row, (x, y) in line:
+            pen.text((x, y), f"{row['fd_encoder']:.2f}", colour, font_size=13)
+            pen.text((x, 336), f"{row['steps']}", "black", font_size=13)
     picture.save(path)
 
 
@@ -348,25 +318,25 @@ def report(paths, data, held_out, out, device, small=False):
     """
     num, classes, (real, real_labels) = 300 if small else 1000, len(data.classes), held_out.tensors
     classifier = train_classifier(*data.tensors, classes, device, 2 if small else max(250, len(data) // 90))
-    seen = Extractor(lambda x: dict(pool=classifier[:-1](x.float() / 255)), "classifier", 256)
     rows, shown, references, columns = [], {}, {}, range(min(classes, 10))
     print(f"\n{'':20} steps  FD encoder  precision  recall  FD classifier  accuracy")
 
     def add(name, steps, images, labels, encoder):
-        row, pools = dict(name=name, steps=steps), {}
-        for space, extractor in dict(encoder=encoder, classifier=seen).items():
-            if extractor.name not in references:
-                references[extractor.name] = measure(extractor, real.split(500), device, keep=("pool",))
-            wanted, real_features = references[extractor.name]
-            made, features = measure(extractor, images.split(500), device, keep=("pool",))
-            pools[space] = features["pool"], real_features["pool"]                              # (num, D), (M, D)
-            row[f"fd_{space}"] = frechet_distance(*made["pool"], *wanted["pool"])
-        row["precision"], row["recall"] = precision_recall(*pools["encoder"])
-        named = classifier[-1](pools["classifier"][0].to(device)).argmax(1).cpu()               # (num,)
-        row["accuracy"] = (named == labels).float().mean().item()
+        def extract(x):
+            seen = classifier[:-1](x.float() / 255)                                             # (B, 256)
+            return encoder.extract(x) | dict(classifier=seen, logits=classifier[-1](seen))
+        extractor, row = Extractor(extract, encoder.name, 256), dict(name=name, steps=steps)
+        if encoder.name not in references:
+            references[encoder.name] = measure(extractor, real.split(500), device)
+        wanted, real_features = references[encoder.name]
+        made, features = measure(extractor, images.split(500), device)
+        for space, part in dict(encoder="pool", classifier="classifier").items():
+            row[f"fd_{space}"] = frechet_distance(*made[part], *wanted[part])
+        row["precision"], row["recall"] = precision_recall(features["pool"], real_features["pool"])
+        row["accuracy"] = (features["logits"].argmax(1) == labels).float().mean().item()
         rows.append(row)
         first = [(labels == k).int().argmax() for k in columns]                                 # of each class
-        shown[f"{name}, {steps} steps" if steps else name] = images[torch.stack(first)]
+        shown[f"{name}, {steps} step{'s' * (steps > 1)}" if steps else name] = images[torch.stack(first)]
         print("{name:20} {steps:>5} {fd_encoder:11.3f} {precision:10.3f} {recall:7.3f} {fd_classifier:14.2f} "
               "{accuracy:9.1%}".format(**row), flush=True)
 
@@ -382,7 +352,7 @@ def report(paths, data, held_out, out, device, small=False):
         labels = torch.arange(num) % classes
         for steps in (1, 2, 4) if network.average_velocity else (25, 4, 1):
             made = make_images(network, rae, alpha, labels, steps, batch_size=250)
-            add(name, steps, torch.cat([images.cpu() for _, images in made]), labels, encoder)
+            add(name, steps, torch.cat([images for _, images in made]), labels, encoder)
 
     (out / "report.json").write_text(json.dumps(rows, indent=1))
     save_chart(rows[2:], out / "report.png")
@@ -401,7 +371,7 @@ def main(argv=None):
     add = parser.add_argument
     add("samples", help="folder, .npz or statistics; or the word stats, to measure REFERENCE for later")
     add("reference", help="folder, .npz or statistics")
-    add("--features", metavar="NAME", default="inception", help="inception, dino, rae or a name of timm (inception)")
+    add("--features", default="inception", choices=("inception", "dino", "rae"), help="(default inception)")
     add("--weights", metavar="PATH", help="folder laid out like the hub, Inception's file or, for rae, a checkpoint")
     add("--out", metavar="FILE", type=Path, help="with stats: the .npz to write")
     add("--json", action="store_true", help="print one line of JSON instead of a table")
@@ -419,8 +389,8 @@ def main(argv=None):
         text = json.dumps(scores) if args.json else "\n".join(f"{key:20} {value}" for key, value in scores.items())
         print(text) if rank == 0 else None
     elif rank == 0:                                                 # a file gets its name when it is whole
-        names = dict(pool=("mu", "sigma"), spatial=("mu_s", "sigma_s"))
-        moments = {name: m for part, pair in scorer.moments.items() for name, m in zip(names[part], pair)}
+        moments = {name + ENDS[part]: values for part, pair in scorer.moments.items()
+                   for name, values in zip(("mu", "sigma"), pair)}
         np.savez(args.out.with_suffix(".tmp.npz"), **moments, extractor=scorer.extractor.name)
         args.out.with_suffix(".tmp.npz").replace(args.out)
         print(f"{args.out}: statistics of {args.reference}, {scorer.extractor.name}")

@@ -1,7 +1,7 @@
 """The mathematics: flow matching, mid-training, MeanFlow distillation and training, the ODE solver and the sampler.
 
 Paper: arXiv 2511.13019 (the stages), after MeanFlow, arXiv 2505.13447 (E5), and flow matching, arXiv 2210.02747 (E2).
-The numbers E1 to E7 are this file's own. Models are callables: nothing here knows what an image or a network is.
+The numbers E1 to E8 are this file's own. Models are callables: nothing here knows what an image or a network is.
 
     python meanflow.py      # the whole method on a 2-D checkerboard: half a minute of one core, ends in meanflow.png
 
@@ -25,7 +25,8 @@ def expand(t, z):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Times. More latent dimensions need more noise to hide the same image, so all times are pushed towards 1 (noise).
+# Stage "flow": times and the teacher. More latent dimensions need more noise to hide the same image, so all times are
+# pushed towards 1 (noise).
 
 def shift_time(t, alpha):
     """E1: t' = alpha t / (1 + (alpha - 1) t)."""
@@ -47,9 +48,6 @@ def mean_flow_times(uniform, r_not_equal_t, alpha):
     r, t = shift_time(uniform, alpha).sort(dim=0)[0]
     return t, torch.where(r_not_equal_t, r, t)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage "flow": the teacher
 
 def flow_matching_loss(model, x, y, alpha, t=None, noise=None):
     """E2: mean of |v(z_t, t, y) - (e - x)|^2.
@@ -87,13 +85,14 @@ def solve_flow(v, noise, y, steps, alpha, solver="euler", last_only=False):
     return torch.stack(trajectory), times
 
 
-def guided(v, guidance_scale, num_classes):
+def guided(v, guidance_scale, num_classes, guide=None):
     """E6: v_weak + w (v - v_weak). A student distilled from this velocity needs no guidance when it samples.
 
-    v_weak is v with the label "no class", num_classes: classifier-free guidance, arXiv 2207.12598. The paper: w = 1.
+    v_weak is a weaker network, guide(z, t, y): autoguidance, arXiv 2406.02507. Without one it is v with the label "no
+    class", num_classes: classifier-free guidance, arXiv 2207.12598. The paper: w = 1.
     """
     def velocity(z, t, y):
-        weak = v(z, t, torch.full_like(y, num_classes))                                         # (B, ...)
+        weak = guide(z, t, y) if guide else v(z, t, torch.full_like(y, num_classes))            # (B, ...)
         return weak + guidance_scale * (v(z, t, y) - weak)
     return velocity
 
@@ -140,7 +139,8 @@ def total_derivative(u, z, t, r, y, v, method="jvp", delta=5e-3):
     if method == "fd":
         z_both = torch.cat([z + delta * v, z - delta * v])                                      # (2 B, ...)
         t_both = torch.cat([t + delta, t - delta])                                              # (2 B,)
-        after, before = u(z_both, t_both, y.repeat(2), r.repeat(2)).to(z.dtype).chunk(2)        # 2 x (B, ...)
+        with torch.autocast(z.device.type, enabled=False):          # in bf16 the difference would be rounding errors
+            after, before = u(z_both, t_both, y.repeat(2), r.repeat(2)).to(z.dtype).chunk(2)    # 2 x (B, ...)
         return (after - before) / (2 * delta)
     raise ValueError(f"method must be 'jvp' or 'fd', not {method!r}")
 
@@ -162,8 +162,8 @@ def mean_flow_loss(student, x, y, alpha, teacher=None, derivative="jvp", delta=5
         t, r = mean_flow_times(uniform, r_not_equal_t, alpha)
     z = (1 - expand(t, x)) * x + expand(t, x) * noise                                           # (B, ...)
     with torch.no_grad():
-        target = noise - x if teacher is None else teacher(z, t, y).to(x.dtype)                 # v, (B, ...)
         some = (r < t).nonzero()[:, 0]                                                          # (K,), of B samples
+        target = noise - x if teacher is None else teacher(z, t, y).to(x.dtype)                 # v, (B, ...)
         if len(some):
             inputs = z[some], t[some], r[some], y[some], target[some]
             change = du_dt(*inputs) if du_dt else total_derivative(student, *inputs, derivative, delta)
@@ -172,6 +172,45 @@ def mean_flow_loss(student, x, y, alpha, teacher=None, derivative="jvp", delta=5
     total = error.sum(1) + ADAPTIVE_EPS                                                         # L, (B,)
     loss = (total.log() if adaptive_p == 1 else total ** (1 - adaptive_p) / (1 - adaptive_p)).mean()
     return loss, {"mse": error.detach().mean()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage "drift", beyond the paper: the student's own one-step samples move towards data, and away from each other. There
+# is no time, no teacher and no derivative; the student of any earlier stage serves as a start.
+
+@torch.no_grad()
+def drift(s, data, samples, temperature):
+    """E8: V, the mean of data minus the mean of samples around each of s, both weighted by softmax(-distance / T).
+
+    s (K, n, D), data and samples (K, m, D) -> (K, n, D). T is `temperature` times the mean distance from s to data.
+    A point at distance 0 has no weight, so a sample leaves itself out. V is zero where both sets are alike.
+    """
+    def mean_around(points):
+        distance = torch.cdist(s, points, compute_mode="donot_use_mm_for_euclid_dist")          # (K, n, m), exact zeros
+        return (-distance / T).masked_fill(distance == 0, -torch.inf).softmax(-1) @ points      # (K, n, D)
+    with torch.autocast(s.device.type, enabled=False):
+        T = temperature * torch.cdist(s, data).mean((1, 2), keepdim=True)                       # (K, 1, 1)
+        return mean_around(data) - mean_around(samples)
+
+
+def drift_loss(student, x, y, noise, with_gradient, temperature=0.05):
+    """E8: mean of |s - stopgrad(s + V / |V|)|^2 over one-step samples s = e - u(e, 1, y, 0), after arXiv 2606.15553.
+
+    A row is a class: labels y (B,), noise (B, M, ...) of M samples, and M data latents x (B, M, ...). The first samples
+    of each row, with_gradient in number, are moved; the others only push them. |V| is the root mean square over a
+    latent, so the loss stays at 1. Returns (loss, metrics); metrics["mse"] is the mean of V^2, which falls.
+    """
+    def one_step(e):
+        z = e.flatten(0, 1)                                                                     # (B n, ...)
+        t = torch.ones(len(z)).to(z)
+        u = student(z, t, y.repeat_interleave(e.shape[1]), torch.zeros_like(t))
+        return (z - u.to(z.dtype)).view(*e.shape[:2], -1)                                       # (B, n, D)
+    s = one_step(noise[:, :with_gradient])                                                      # (B, n, D)
+    with torch.no_grad():
+        samples = torch.cat([s, one_step(noise[:, with_gradient:])], 1)                         # (B, M, D)
+    V = drift(s.detach(), x.flatten(2), samples, temperature)                                   # (B, n, D)
+    length = V.square().mean(2, keepdim=True).sqrt().clamp(min=1e-9)                            # (B, n, 1)
+    return (s - (s + V / length).detach()).square().mean(), {"mse": V.square().mean()}
 
 
 @torch.no_grad()
@@ -215,16 +254,15 @@ def checkerboard(*shape):
 def train_demo(stage, model, loss_of, steps, lr):
     """Adam with a learning rate that falls to zero, in place of an average of weights."""
     from tqdm import tqdm
-    optimizer, bar, mse = torch.optim.Adam(model.parameters()), tqdm(range(steps), stage), None
+    optimizer, bar = torch.optim.Adam(model.parameters()), tqdm(range(steps), stage)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
         loss, metrics = loss_of(model)
         loss.backward()
         optimizer.step()
-        mse = metrics["mse"].item() if mse is None else 0.98 * mse + 0.02 * metrics["mse"].item()
-        if step % 100 == 99:
-            bar.set_postfix(mse=f"{mse:.4f}")
+        if step % 100 == 0:
+            bar.set_postfix(mse=f"{metrics['mse']:.4f}")
     return model.requires_grad_(False)
 
 
@@ -269,13 +307,15 @@ def demo(path="meanflow.png"):
     panels = {"data": checkerboard(20_000)}
     flow_loss = lambda v: flow_matching_loss(v, checkerboard(512), y[:512], alpha=1)
     teacher = train_demo("teacher", MLP(), flow_loss, 3000, 5e-3)
-    for steps, title in ((25, "teacher, 25 steps"), (4, "teacher, 4 steps"), (1, "teacher, 1 step")):
+    for steps, title in ((25, "teacher, 25 steps"), (1, "teacher, 1 step")):
         panels[title] = solve_flow(teacher, noise, y, steps, alpha=1, last_only=True)[0][0]
     # For E5 a sample is a cloud of 8 points: with the 2 dimensions of one point, the log pulls u away from the mean.
     mid = lambda u: mid_training_loss(u, teacher, torch.randn(64, 2), y[:64], alpha=1, num_pairs=8)
     distill = lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1, teacher=teacher)
     bootstrap = lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1)
-    stages = {"mid": (mid, 2000, 3e-3), "distill": (distill, 600, 2e-4), "bootstrap": (bootstrap, 200, 1e-4)}
+    drift = lambda u: drift_loss(u, checkerboard(1, 256), y[:1], torch.randn(1, 256, 2), with_gradient=64)
+    stages = {"mid": (mid, 2000, 3e-3), "distill": (distill, 600, 2e-4), "bootstrap": (bootstrap, 200, 1e-4),
+              "drift": (drift, 2000, 1e-3)}
     student = teacher
     for stage, (loss_of, steps, lr) in stages.items():
         student = train_demo(stage, copy.deepcopy(student).requires_grad_(True), loss_of, steps, lr)

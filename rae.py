@@ -21,10 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from PIL import Image
-from safetensors.torch import load_file as load_safetensors
 from timm.models.vision_transformer import Block, VisionTransformer
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import to_tensor
+from torchvision.datasets.folder import is_image_file
+from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -37,57 +36,49 @@ DECODERS = {
     "toy": dict(hidden_size=192, depth=4, num_heads=4, mlp_hidden=512),
     "S": dict(hidden_size=384, depth=12, num_heads=6, mlp_hidden=1536),
     "B": dict(hidden_size=768, depth=12, num_heads=12, mlp_hidden=3072),
-    "L": dict(hidden_size=1024, depth=24, num_heads=16, mlp_hidden=4096),
     "XL": dict(hidden_size=1152, depth=28, num_heads=16, mlp_hidden=4096),
 }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Encoder and decoder
+# Encoder, decoder, and both together
 
 class Encoder(nn.Module):
-    """Frozen ViT of timm, or "toy": images -> one vector per patch, layer-normalised without affine parameters.
-
-    Images are resized so that a patch covers 16 of their pixels: 256 to 224 for a patch of 14. weights: timm_network.
-    """
+    """Frozen ViT of timm, or "toy": images -> layer-normalised patch vectors (B, C, G, G). weights: timm_network."""
 
     def __init__(self, name=None, image_size=256, channels=96, weights=None):
         super().__init__()
-        name, mean, std = name or DINOV2, IMAGENET_MEAN, IMAGENET_STD
+        name, self.pixel_mean, self.pixel_std = name or DINOV2, IMAGENET_MEAN, IMAGENET_STD
         if name == "toy":
             self.input_size = image_size
             self.net = VisionTransformer(image_size, image_size // 4, num_classes=0, embed_dim=channels, depth=4,
                                          num_heads=4, class_token=False, global_pool="", embed_layer=ConvStem)
         else:
             self.net = timm_network(name, weights)
-            self.input_size = image_size // 16 * self.net.patch_embed.patch_size[0]
+            self.input_size = image_size // 16 * self.net.patch_embed.patch_size[0]             # 16 pixels a patch
             self.net.set_input_size(img_size=self.input_size)
-            mean, std = (torch.tensor(self.net.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-        self.register_buffer("pixel_mean", mean, persistent=False)
-        self.register_buffer("pixel_std", std, persistent=False)
+            self.pixel_mean, self.pixel_std = (self.net.pretrained_cfg[key] for key in ("mean", "std"))
         self.net.norm = nn.LayerNorm(self.net.embed_dim, eps=1e-6, elementwise_affine=False)
         self.grid = self.net.patch_embed.grid_size[0]
         self.config = dict(name=name, image_size=image_size, channels=self.net.embed_dim)
 
     def forward(self, images):
-        x = (images - self.pixel_mean) / self.pixel_std
-        if x.shape[-1] != self.input_size:                                                      # 256 -> 224
-            x = F.interpolate(x, (self.input_size, self.input_size), mode="bicubic", align_corners=False)
+        x = normalize(images, self.pixel_mean, self.pixel_std)
+        x = F.interpolate(x, self.input_size, mode="bicubic", align_corners=False)              # 256 -> 224
         x = self.net.forward_features(x)[:, self.net.num_prefix_tokens:]                        # (B, N, C)
         return x.transpose(1, 2).unflatten(2, (self.grid, self.grid)).float()                   # (B, C, G, G)
 
 
 def timm_network(name, weights=None, **options):
     """A frozen network of timm. weights: as in fetch, of timm/NAME/model.safetensors; or "random", for trials."""
-    if name not in timm.list_models(name) + timm.list_pretrained(name):                         # never another hub
+    if not timm.is_model_pretrained(name):                                                      # never another hub
         raise SystemExit(f"{name}: no model of timm; give one of timm.list_pretrained('vit*'), such as {DINOV2}")
-    given = None
     if weights != "random":
         path = fetch("model.safetensors", timm.get_pretrained_cfg(name).hf_hub_id, weights)
-        given = dict(state_dict=load_safetensors(path))
+        options["pretrained_cfg_overlay"] = dict(state_dict=timm.models.load_state_dict(path))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)                                                                    # for "random"
-        net = timm.create_model(name, pretrained=given is not None, pretrained_cfg_overlay=given, **options)
+        net = timm.create_model(name, pretrained=weights != "random", **options)
     return net.eval().requires_grad_(False)
 
 
@@ -116,46 +107,38 @@ class Decoder(nn.Module):
         self.patches = (grid, grid, patch_size, patch_size, 3)
         self.embed = nn.Linear(latent_dim, hidden_size)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, hidden_size))                    # at 0 its norm explodes
-        positions = sincos_positions(hidden_size, grid)[None]                                   # (1, N, D)
-        self.register_buffer("pos_embed", torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1))
+        positions = sincos_positions(hidden_size, grid)                                         # (N, D)
+        self.register_buffer("pos_embed", F.pad(positions, (0, 0, 1, 0))[None])                 # (1, 1 + N, D)
         norm, ratio = partial(nn.LayerNorm, eps=1e-12), (mlp_hidden + 0.5) / hidden_size        # timm rounds down
-        block = partial(Block, hidden_size, num_heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm)
-        self.blocks = nn.Sequential(*[block() for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(hidden_size, num_heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm)
+                                      for _ in range(depth)])
         self.norm = norm(hidden_size)
         self.head = nn.Linear(hidden_size, 3 * patch_size**2)
 
     def forward(self, z):
         x = self.embed(z.flatten(2).transpose(1, 2))                                            # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)            # (B, 1 + N, D)
-        x = x + self.pos_embed
+        cls = self.cls_token.expand(len(x), -1, -1).to(x.dtype)                                 # (B, 1, D)
+        x = torch.cat([cls, x], dim=1) + self.pos_embed                                         # (B, 1 + N, D)
         for block in self.blocks:
             x = run_block(block, x, checkpointing=self.checkpointing)
         x = self.head(self.norm(x))[:, 1:]                                                      # (B, N, 3 P P)
-        x = x.float() if x.dtype == torch.bfloat16 else x
         x = x.reshape(-1, *self.patches).permute(0, 5, 1, 3, 2, 4)                              # (B, 3, G, P, G, P)
         x = x.flatten(4, 5).flatten(2, 3)                                                       # (B, 3, G P, G P)
-        return x * IMAGENET_STD.to(x) + IMAGENET_MEAN.to(x)
+        return x * IMAGENET_STD.to(x.device) + IMAGENET_MEAN.to(x.device)                       # bfloat16 -> float32
 
 
-def convert_decoder(published):
+def convert_decoder(state):
     """State dict of a published RAE decoder (names of transformers' ViTMAE) -> of Decoder."""
-    renamed = {"trainable_cls_token": "cls_token", "decoder_pos_embed": "pos_embed", "decoder_embed": "embed",
-               "decoder_norm": "norm", "decoder_pred": "head", "decoder_layers": "blocks",
-               "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
-               "layernorm_before": "norm1", "layernorm_after": "norm2"}
-    state = {}
-    for name, tensor in published.items():
-        for theirs, ours in renamed.items():
-            name = name.replace(theirs, ours)
-        state[name] = tensor
-    for query in [name for name in state if "attention.attention.query" in name]:
+    renamed = {"trainable_": "", "decoder_layers": "blocks", "decoder_pred": "head", "decoder_": "",
+               "attention.attention": "attn", "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1",
+               "output.dense": "mlp.fc2", "layernorm_before": "norm1", "layernorm_after": "norm2"}
+    for theirs, ours in renamed.items():
+        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
+    for query in [name for name in state if "attn.query" in name]:
         parts = [state.pop(query.replace("query", part)) for part in ("query", "key", "value")]
-        state[query.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)        # (3 D, D), (3 D,)
+        state[query.replace("query", "qkv")] = torch.cat(parts)                                 # (3 D, D), (3 D,)
     return state
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Both together
 
 class RAE(nn.Module):
     """encode: images -> normalised latents. decode: back. mean, var: (C, G, G), or None for 0 and no scaling."""
@@ -190,13 +173,13 @@ class RAE(nn.Module):
     @torch.no_grad()
     def measure(self, latents):
         """Set mean and variance to those of batches (B, C, G, G), over all processes; exact in any sizes and order."""
-        count, total, squares = 0, 0.0, 0.0
+        sums = 0
         for z in latents:
-            count, total, squares = count + len(z), total + z.double().sum(0), squares + z.double().square().sum(0)
-        sums = torch.stack([total, squares, torch.full_like(total, count)])                     # (3, C, G, G)
+            z = z.double()
+            sums = sums + torch.stack([torch.ones_like(z), z, z.square()]).sum(1)               # (3, C, G, G)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        mean, mean_square = sums[0] / sums[2], sums[1] / sums[2]
+        mean, mean_square = sums[1:] / sums[0]
         self.mean, self.var = mean.float(), (mean_square - mean**2).clamp_min(0).float()
 
     def packed(self):
@@ -212,10 +195,9 @@ def load_rae(path, packed=None):
     if packed is None:
         raise SystemExit(f"{path}: holds no RAE; give a finished checkpoint of train.py")
     state, config = packed["state"], packed["encoder"]
-    moments = {key: state[key] for key in ("mean", "var") if key in state}
     with torch.device("meta"):
-        decoder = Decoder(**packed["decoder"])
-    rae = RAE(Encoder(**config) if config["name"] == "toy" else None, decoder, **moments)
+        encoder = Encoder(**config) if config["name"] == "toy" else None
+        rae = RAE(encoder, Decoder(**packed["decoder"]), state.get("mean"), state.get("var"))
     rae.encoder_config = config
     return fill(rae, state, path)
 
@@ -255,24 +237,18 @@ class PerceptualDistance(nn.Module):
             head = learned[f"lin{i}.model.1.weight"] if learned else torch.rand(width)
             self.register_buffer(f"head{i}", head.view(width, 1, 1))                            # (C, 1, 1)
 
-    def features(self, images):
-        x = (images - IMAGENET_MEAN.to(images)) / IMAGENET_STD.to(images)
-        for stage in self.stages:
-            x = stage(x)                                                                        # (B, C, h, w)
-            yield F.normalize(x.float(), dim=1, eps=1e-10)
-
     def forward(self, images, references):
-        with torch.no_grad():
-            references = [*self.features(references)]
-        return sum(((a - b).square() * getattr(self, f"head{i}")).sum(1).mean((1, 2))
-                   for i, (a, b) in enumerate(zip(self.features(images), references)))
+        x, y = (normalize(image, IMAGENET_MEAN, IMAGENET_STD) for image in (images, references))
+        distance = 0
+        for i, stage in enumerate(self.stages):
+            x, y = stage(x), stage(y)                                                           # 2 x (B, C, h, w)
+            a, b = (F.normalize(features.float(), dim=1, eps=1e-10) for features in (x, y))
+            distance = distance + ((a - b).square() * getattr(self, f"head{i}")).sum(1).mean((1, 2))
+        return distance                                                                         # (B,)
 
 
 class Discriminator(nn.Module):
-    """Real or decoded? Five heads on the tokens of frozen DINO ViT-S/8: images in [0, 1], (B, 3, S, S) -> (B, 5 N).
-
-    They read blocks 11, 2, 5, 8 and 11. The norm is over the tokens of an image, never over a batch.
-    """
+    """Real or decoded? Five heads on frozen DINO ViT-S/8: images in [0, 1], (B, 3, S, S) -> logits (B, 5 N)."""
 
     def __init__(self, image_size=256, weights=None):
         super().__init__()
@@ -280,19 +256,17 @@ class Discriminator(nn.Module):
         self.net = timm_network("vit_small_patch8_224.dino", weights)
         self.net.set_input_size(img_size=self.size)
         dim, spectral_norm = self.net.embed_dim, nn.utils.parametrizations.spectral_norm
-        conv = lambda kernel: nn.Conv1d(dim, dim, kernel, padding=kernel // 2, padding_mode="circular")
-        norm = lambda: nn.InstanceNorm1d(dim, eps=1e-6, affine=True)
-        block = lambda kernel: nn.Sequential(spectral_norm(conv(kernel)), norm(), nn.LeakyReLU(0.2))
-        head = lambda: nn.ModuleList([block(1), block(9), spectral_norm(nn.Conv1d(dim, 1, 1))])
-        self.heads = nn.ModuleList([head() for _ in range(5)])
+        conv = lambda *size: spectral_norm(nn.Conv1d(dim, *size, padding="same", padding_mode="circular"))
+        norm = lambda: nn.InstanceNorm1d(dim, eps=1e-6, affine=True)                            # over an image's tokens
+        block = lambda kernel: nn.Sequential(conv(dim, kernel), norm(), nn.LeakyReLU(0.2))
+        self.heads = nn.ModuleList([nn.ModuleList([block(1), block(9), conv(1, 1)]) for _ in range(5)])
 
     def forward(self, images):
-        x = (images - IMAGENET_MEAN.to(images)) / IMAGENET_STD.to(images)
-        if x.shape[-1] != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        x = normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+        x = F.interpolate(x, self.size, mode="bilinear", align_corners=False)
         _, layers = self.net.forward_intermediates(x, indices=[2, 5, 8, 11], output_fmt="NLC")  # 4 x (B, N, D)
         logits = []
-        for (one, nine, logit), tokens in zip(self.heads, [layers[3], *layers]):
+        for (one, nine, logit), tokens in zip(self.heads, [layers[3], *layers]):                # blocks 11, 2, 5, 8, 11
             x = one(tokens.transpose(1, 2))                                                     # (B, D, N)
             logits.append(logit((x + nine(x)) / 2**0.5).flatten(1))                             # (B, N)
         return torch.cat(logits, 1).float()                                                     # (B, 5 N)
@@ -300,12 +274,11 @@ class Discriminator(nn.Module):
 
 def augment(images, uniform):
     """DiffAug (arXiv 2006.10738): translation, brightness, saturation, contrast, from uniform (B, 5). (B, 3, S, S)"""
-    down, across, brightness, saturation, contrast = uniform.T.reshape(5, -1, 1, 1, 1)          # 5 x (B, 1, 1, 1)
     side, reach = images.shape[-1], images.shape[-1] // 8                                       # an eighth at most
-    window, image = (torch.arange(n, device=images.device) for n in (side, len(images)))        # (S,), (B,)
-    row, column = (window + (u.flatten(1) * (2 * reach + 1)).long() for u in (down, across))    # 2 x (B, S)
+    corners = (uniform[:, :2] * (2 * reach + 1)).long().tolist()                                # B x (row, column)
     x = F.pad(images, [reach] * 4, value=0.5)                                                   # grey around it
-    x = x[image[:, None, None], :, row[:, :, None], column[:, None]].permute(0, 3, 1, 2)        # (B, 3, S, S)
+    x = torch.stack([image[:, i:i + side, j:j + side] for image, (i, j) in zip(x, corners)])    # (B, 3, S, S)
+    brightness, saturation, contrast = uniform[:, 2:].T.reshape(3, -1, 1, 1, 1)                 # 3 x (B, 1, 1, 1)
     x = x + (brightness - 0.5) / 2
     for factor, dims in ((2 * saturation, 1), (0.5 + contrast, (1, 2, 3))):
         mean = x.mean(dims, keepdim=True)
@@ -323,10 +296,8 @@ class Adversary:
 
     def judge(self, images, uniform):
         """Logits of augmented images. Their gradient is for the images alone."""
-        self.heads.requires_grad_(False)
-        logits = self.discriminator(augment(images, uniform))
-        self.heads.requires_grad_(True)
-        return logits
+        weights = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        return torch.func.functional_call(self.discriminator, weights, (augment(images, uniform),))
 
     def learn(self, images, decoder, z, uniform, share):
         """Gradient of the hinge loss for a micro-batch, `share` of the step -> metrics. uniform: (B, 10)."""
@@ -334,9 +305,10 @@ class Adversary:
             decoded = to_uint8(decoder(z)) / 255                                                # (B, 3, S, S)
         both = torch.cat([augment(images, uniform[:, :5]), augment(decoded, uniform[:, 5:])])
         real, fake = self.discriminator(both).chunk(2)                                          # 2 x (B, 5 N)
-        loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        margin = torch.cat([real, -fake])                                                       # positive if right
+        loss = F.relu(1 - margin).mean()
         (loss * share).backward()
-        return {"d_loss": loss.detach(), "d_accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2}
+        return {"d_loss": loss.detach(), "d_accuracy": (margin > 0).float().mean()}
 
     def step(self, lr):
         """One step of AdamW, and one power iteration of the spectral norms, whatever the number of micro-batches."""
@@ -360,14 +332,13 @@ class ToyAutoencoder(nn.Module):
         self.decoder = Decoder(channels, self.encoder.grid, image_size // self.encoder.grid, **DECODERS["toy"])
         self.classify = nn.Linear(channels, num_classes)
 
-    def forward(self, images, labels, noise, pixel_weight=10.0):
+    def forward(self, images, labels, noise):
         """images (B, 3, S, S), labels (B,), noise (B, C, G, G) on the tokens -> (loss, metrics)."""
         z = self.encoder(images) + noise                                                        # (B, C, G, G)
         scores = self.classify(z.mean((2, 3)))                                                  # (B, classes)
         mse = (self.decoder(z) - images).square().mean()
-        loss = F.cross_entropy(scores, labels, label_smoothing=0.1) + pixel_weight * mse.sqrt()
-        accuracy = (scores.argmax(1) == labels).float().mean()
-        return loss, {"mse": mse.detach(), "psnr": -10 * mse.detach().clamp_min(1e-10).log10(), "accuracy": accuracy}
+        loss = F.cross_entropy(scores, labels, label_smoothing=0.1) + 10 * mse.sqrt()
+        return loss, {"mse": mse.detach(), "accuracy": (scores.argmax(1) == labels).float().mean()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -403,10 +374,12 @@ HUB = "nyu-visionx/RAE-collections"  # repository of the Hugging Face hub, and w
 HUB_FILES = {
     256: dict(decoder="decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
               statistics="stats/dinov2/wReg_base/imagenet1k/stat.pt",
-              teacher="DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt"),
+              teacher="DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt",
+              guide="DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt"),
     512: dict(decoder="decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt",
               statistics="stats/dinov2/wReg_base/imagenet1k_512/stat.pt",
-              teacher="DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt"),
+              teacher="DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt",
+              guide="DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt"),
 }
 
 
@@ -425,7 +398,7 @@ def fetch(name, source, weights=None):
 
 
 def published(kind, resolution, weights=None):
-    """Path of the published "decoder", "statistics" or "teacher" of 256 or 512. weights: as in fetch."""
+    """Path of the published "decoder", "statistics", "teacher" or "guide" of 256 or 512. weights: as in fetch."""
     if resolution not in HUB_FILES:
         raise SystemExit(f"--resolution {resolution}: published weights are for 256 and 512; give --rae and --teacher")
     return fetch(HUB_FILES[resolution][kind], HUB, weights)
@@ -456,17 +429,16 @@ def main():
     parser.add_argument("--out", type=Path, default="pairs", help="folder to write (default pairs)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU)")
     args = parser.parse_args()
-    files = [args.image] if args.image.is_file() else sorted(args.image.rglob("*"))
-    files = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
+    files = sorted(path for path in (args.image, *args.image.rglob("*")) if path.is_file() and is_image_file(path.name))
     if not files or args.out.exists():
         raise SystemExit(f"{args.image}: holds no image" if not files else f"--out {args.out}: exists; give a new name")
     rae = load_rae(args.rae) if args.rae else published_rae(args.resolution, args.weights)
     rae.fetch_encoder(args.weights).to(args.device)
     psnr = []
-    for i, path in enumerate(tqdm(files, "reconstruct", disable=len(files) == 1)):
-        image = to_tensor(center_crop(read_image(path), rae.image_size))[None].to(args.device)  # (1, 3, S, S)
+    for i, path in enumerate(tqdm(files, "reconstruct")):
+        image = pil_to_tensor(center_crop(read_image(path), rae.image_size))[None].to(args.device) / 255  # (1, 3, S, S)
         decoded = to_uint8(rae.decode(rae.encode(image))) / 255                                 # (1, 3, S, S)
-        psnr.append(-10 * (image - decoded).square().mean().clamp_min(1e-10).log10().item())
+        psnr.append(reconstruction_loss(decoded, image)[1]["psnr"].item())
         for name, shown in dict(originals=image, reconstructions=decoded, both=torch.cat([image, decoded])).items():
             (args.out / name).mkdir(parents=True, exist_ok=True)
             save_image(shown, args.out / name / f"{i:06d}.png")

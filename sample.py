@@ -16,7 +16,7 @@ import os
 import sys
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +24,22 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from timm.data import ImageNetInfo
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import meanflow
-from dit import load_network
+from dit import load_file, load_network
 from rae import load_rae, published_rae, to_uint8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From noise to images
+
+def seed_of(*key):
+    """The seed of a stream of random numbers that is a function of the key alone."""
+    return zlib.crc32(repr(key).encode())
+
 
 def noise_of(seed, numbers, shape):
     """Noise (B, C, G, G) of the images `numbers`, each from a generator of its own: equal on every machine."""
@@ -42,19 +48,10 @@ def noise_of(seed, numbers, shape):
 
 
 @torch.no_grad()
-def generate(network, rae, noise, labels, steps, alpha):
-    """Noise (B, C, G, G), labels (B,) -> images (B, 3, S, S) in [0, 1]. A student samples, a teacher solves the ODE."""
-    if network.average_velocity:
-        z = meanflow.sample(network, noise, labels, steps)
-    else:
-        z = meanflow.solve_flow(network, noise, labels, steps, alpha, last_only=True)[0][-1]
-    return rae.decode(z).clamp(0, 1)
-
-
 def make_images(network, rae, alpha, labels, steps=None, seed=0, batch_size=64, numbers=None):
     """Yield (numbers of a batch, its images uint8 (B, 3, S, S)) for the images `numbers`, default all of labels (M,).
 
-    steps: evaluations of the network, by default 1 of a student and 50 of a teacher.
+    steps: evaluations of the network. A student samples, by default in 1; a teacher solves the ODE, by default in 50.
     """
     device, steps = next(network.parameters()).device, steps or (1 if network.average_velocity else 50)
     numbers = range(len(labels)) if numbers is None else numbers
@@ -62,7 +59,11 @@ def make_images(network, rae, alpha, labels, steps=None, seed=0, batch_size=64, 
         batch = numbers[first:first + batch_size]
         noise = noise_of(seed, batch, rae.latent_shape).to(device)                              # (B, C, G, G)
         y = labels[torch.tensor(batch)].to(device)                                              # (B,)
-        yield batch, to_uint8(generate(network, rae, noise, y, steps, alpha))
+        if network.average_velocity:
+            z = meanflow.sample(network, noise, y, steps)                                       # (B, C, G, G)
+        else:
+            z = meanflow.solve_flow(network, noise, y, steps, alpha, last_only=True)[0][-1]     # (B, C, G, G)
+        yield batch, to_uint8(rae.decode(z)).cpu()
 
 
 @torch.no_grad()
@@ -75,36 +76,45 @@ def reconstruct(rae, images, batch_size=250):
 def save_picture(network, rae, alpha, num_classes, path, seed=0, images=None):
     """Picture of a training run: samples with a class per column, or images (32 x (3, S, S)) and reconstructions."""
     if images is not None:
-        shown = torch.stack(images)                                                             # uint8 (32, 3, S, S)
-        rows = torch.stack([x.unflatten(0, (-1, 8)) for x in (shown, reconstruct(rae, shown))], 1)  # (4, 2, 8, 3, S, S)
-        return save_grid(rows.flatten(0, 2), path)
-    columns, steps = num_classes if num_classes <= 12 else 8, 1 if network.average_velocity else 25
+        rows = [row for x in torch.stack(images).split(8) for row in (x, reconstruct(rae, x))]  # 8 x (8, 3, S, S)
+        return save_grid(torch.cat(rows), path)
+    columns, steps = min(num_classes, 10), 1 if network.average_velocity else 25
     labels = (torch.arange(columns) * (num_classes // columns)).repeat(4)                       # (4 columns,)
     made = make_images(network, rae, alpha, labels, steps, seed)
     save_grid(torch.cat([images for _, images in made]), path, columns)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is in a checkpoint
+# Checkpoints, names of classes, grids and .npz files
 
 def class_names(folders=None):
     """Names of class folders: n01440764 is 'tench, Tinca tinca', others stay. By default ImageNet's 1,000."""
-    info = ImageNetInfo()
-    known = {info.index_to_label_name(i): info.index_to_description(i) for i in range(1000)}
+    known = ImageNetInfo().label_descriptions(as_dict=True) | {"n03126707": "crane (machine)"}  # "crane" is the bird
     return tuple(known.get(name, name) for name in folders or known)
+
+
+def newest_checkpoint(path):
+    """(file, content) of a checkpoint or, where it is damaged, of the one before it; (path, {}) where there is none."""
+    files = [file for file in (path, path.with_suffix(".previous.pt")) if file.exists()]
+    for file in files:
+        try:
+            if zipfile.ZipFile(file).testzip():
+                raise RuntimeError("a checksum is wrong")
+            return file, load_file(file)
+        except (zipfile.BadZipFile, RuntimeError) as error:
+            print0(f"{file}: damaged ({error})")
+    if files:
+        raise SystemExit(f"{path}: no whole checkpoint to go on from; to start the stage anew, move it away")
+    return path, {}
 
 
 def load_all(path, rae=None, weights=None):
     """-> (network, RAE, time shift alpha, names of the classes). Published weights hold the network alone."""
     network, content = load_network(path)
     channels, grid, classes = (network.config[key] for key in ("in_channels", "input_size", "num_classes"))
-    if rae or "rae" in content:
-        rae = load_rae(rae or path)
-    else:
-        rae = published_rae(16 * grid, weights)
+    rae = load_rae(rae or path) if rae or "rae" in content else published_rae(16 * grid, weights)
     if rae.latent_shape != (channels, grid, grid):
-        raise SystemExit(f"{path}: makes latents {(channels, grid, grid)}, the RAE takes {rae.latent_shape}; "
-                         "give the one it was trained with as --rae")
+        raise SystemExit(f"{path}: latents {(channels, grid, grid)}, its RAE's {rae.latent_shape}; give another --rae")
     names = content.get("classes") or (class_names() if classes == 1000 else [str(i) for i in range(classes)])
     return network, rae, content.get("alpha") or meanflow.alpha_of(channels, grid), names
 
@@ -113,55 +123,36 @@ def parse_classes(text, names):
     """'golden retriever, 0, tench' -> [207, 0, 0]. A name may list synonyms behind commas."""
     lookup = {str(i): i for i in range(len(names))}
     lookup |= {word.strip().lower(): i for i, name in enumerate(names) for word in (name, *name.split(","))}
-    words = [text] if text.strip().lower() in lookup else text.split(",")
-    unknown = [word.strip() for word in words if word.strip().lower() not in lookup]
+    text = text.strip().lower()
+    words = [text] if text in lookup else [word.strip() for word in text.split(",")]
+    unknown = [word for word in words if word not in lookup]
     if unknown:
-        raise SystemExit(f"--classes: no class {unknown[0]!r} among {len(names)}; "
-                         f"give numbers below {len(names)} or names such as {names[0]!r}")
-    return [lookup[word.strip().lower()] for word in words]
+        raise SystemExit(f"--classes: no class {unknown[0]!r} of {len(names)}; give numbers or names like {names[0]!r}")
+    return [lookup[word] for word in words]
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
 
 def save_grid(images, path, columns=8, titles=()):
     """Images uint8 (B, 3, S, S) -> one PNG, `columns` a row. Titles stand to the left, each beside as many rows."""
-    grid = make_grid(images.cpu(), columns, padding=2, pad_value=255)                           # (3, height, width)
-    image, scale = Image.fromarray(grid.permute(1, 2, 0).numpy()), max(1, 64 // images.shape[-1])
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    if titles:
-        image = ImageOps.expand(image, (190, 0, 0, 0), "white")
+    grid = make_grid(images, columns, padding=2, pad_value=255)                                 # (3, height, width)
+    image = ImageOps.scale(to_pil_image(grid), max(1, 64 // images.shape[-1]), Image.Resampling.NEAREST)
+    image = ImageOps.expand(image, (190 if titles else 0, 0, 0, 0), "white")
     for i, title in enumerate(titles):
         ImageDraw.Draw(image).text((8, (i + 0.35) * image.height / len(titles)), title, "black", font_size=15)
     image.save(path)
 
 
-def save_png(image, path):
-    """uint8 (3, S, S) -> PNG. It gets its name when it is whole, so a file that exists is complete."""
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG", compress_level=1)
-    temporary.replace(path)
-
-
 def pack_npz(files, labels, path):
     """PNGs -> .npz of arr_0, uint8 (M, S, S, 3), and arr_1, labels (M,). It gets its name when it is whole."""
-    temporary, (height, width, _) = path.with_suffix(".tmp"), np.asarray(Image.open(files[0])).shape
+    temporary, (width, height) = path.with_suffix(".tmp"), Image.open(files[0]).size
     with zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             header = dict(descr="|u1", fortran_order=False, shape=(len(files), height, width, 3))
             np.lib.format.write_array_header_1_0(file, header)
             for name in files:
-                file.write(np.asarray(Image.open(name)).tobytes())
+                file.write(Image.open(name).tobytes())
         with archive.open("arr_1.npy", "w") as file:
-            np.lib.format.write_array(file, labels)
+            np.save(file, labels)
     temporary.replace(path)
-
-
-def settings_of(ckpt, **settings):
-    """What a folder of samples was made with, as text. A checkpoint is known by the checksums inside it."""
-    with zipfile.ZipFile(ckpt) as archive:
-        checksum = zlib.crc32(repr([(file.filename, file.CRC) for file in archive.infolist()]).encode())
-    return json.dumps(dict(checkpoint=f"{checksum:08x}", **settings))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,18 +166,17 @@ def print0(text):
 
 def start_processes(device=None):
     """-> (rank, number of processes, device). Under torchrun it joins the others, each with a GPU of its own."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    world, found = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    device = device or ("cuda" if found else "cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):
-        if not torch.cuda.is_available():
+        if not found:
             raise SystemExit(f"--device {device}: torch finds no GPU here; leave the flag out")
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    return (dist.get_rank() if world > 1 else 0), world, device
+    return int(os.environ.get("RANK", 0)), world, device
 
 
 def main():
@@ -211,23 +201,22 @@ def main():
     network, rae, alpha, names = load_all(args.ckpt, args.rae, args.weights)
     network, rae = network.to(device), rae.to(device)
     classes = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
-    labels = torch.tensor([classes[i % len(classes)] for i in range(args.num)])                 # (num,)
-    how = dict(steps=args.steps, seed=args.seed, batch_size=args.batch_size)
+    labels = torch.from_numpy(np.resize(classes, args.num))                                     # (num,), in turn
+    make = partial(make_images, network, rae, alpha, labels, args.steps, args.seed, args.batch_size)
     out = args.out or (args.npz.with_suffix("") if args.npz else Path(args.ckpt).with_suffix(".samples.png"))
 
     if args.npz and (out.suffix == ".png" or not args.npz.absolute().parent.is_dir()):
         raise SystemExit(f"--npz {args.npz}: needs a folder that exists, and an --out that is a folder")
+    (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        batches = tqdm(make_images(network, rae, alpha, labels, **how), total=-(-args.num // args.batch_size))
-        columns = len(classes) if 4 <= len(classes) <= 12 else 8                                # a class a column
-        save_grid(torch.cat([images.cpu() for _, images in batches]), out, columns)
-        return print(out)
+        images = torch.cat([images for _, images in tqdm(make(), total=-(-args.num // args.batch_size))])
+        save_grid(images, out, columns=len(classes) if 4 <= len(classes) <= 12 else 8)          # a class a column
+        return print0(f"{out}: {args.num} images")
 
-    out.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(args.ckpt, rae=args.rae or args.weights, steps=args.steps, seed=args.seed, classes=classes)
-    file = out / "settings.json"
-    if rank == 0 and not file.exists() and not any(out.iterdir()):
+    checkpoint, file = os.stat(args.ckpt), out / "settings.json"
+    settings = json.dumps(dict(checkpoint=[checkpoint.st_size, checkpoint.st_mtime_ns], rae=args.rae or args.weights,
+                               steps=args.steps, seed=args.seed, classes=classes))
+    if rank == 0 and not any(out.iterdir()):
         file.write_text(settings)
     if world > 1:
         dist.barrier()
@@ -235,21 +224,16 @@ def main():
         raise SystemExit(f"--out {out}: holds images of other settings; give another folder, or remove it")
     files = [out / f"{i:06d}_{label}.png" for i, label in enumerate(labels.tolist())]
     todo = [i for i in range(rank, args.num, world) if not files[i].exists()]
-    with ThreadPoolExecutor(8) as writers, tqdm(total=len(todo), unit="image", disable=rank > 0) as bar:
-        writing = []
-        for numbers, images in make_images(network, rae, alpha, labels, numbers=todo, **how):
-            for job in writing:                                                                 # of the batch before
-                job.result()
-            writing = [writers.submit(save_png, image, files[i]) for i, image in zip(numbers, images.cpu())]
-            bar.update(len(numbers))
-        for job in writing:
-            job.result()
+    for numbers, images in tqdm(make(todo), total=-(-len(todo) // args.batch_size), disable=rank > 0):
+        for i, image in zip(numbers, images):
+            temporary = files[i].with_suffix(".tmp")                # a file gets its name when it is whole
+            to_pil_image(image).save(temporary, "PNG", compress_level=1)
+            temporary.replace(files[i])
     if world > 1:
         dist.barrier()
-    if rank == 0:
-        if args.npz:
-            pack_npz(files, labels.numpy(), args.npz.with_suffix(".npz"))
-        print(f"{out}: {args.num} images", args.npz or "")
+    if args.npz and rank == 0:
+        pack_npz(files, labels.numpy(), args.npz.with_suffix(".npz"))
+    print0(f"{out}: {args.num} images")
 
 
 if __name__ == "__main__":
