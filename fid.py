@@ -344,7 +344,8 @@ def report(paths, data, held_out, out, device, small=False):
         network, rae, alpha, names = load_all(path)
         if rae.encoder is None or len(names) != classes:
             raise SystemExit(f"{path}: not of the toy, or of other classes; give a checkpoint of this data")
-        network, rae, name = network.to(device), rae.to(device), path.stem if path.parent == out else str(path)
+        network, rae = network.to(device), rae.to(device)
+        name = path.stem if path.parent == out else f"{path.parent.name}/{path.stem}"
         encoder = rae_extractor(rae)
         if not rows:
             add("held-out images", "", real, real_labels, encoder)
