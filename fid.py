@@ -73,12 +73,15 @@ def precision_recall(samples, reference, k=3, chunk=500):
 
     A manifold: balls around all points, as wide as the distance to the k-th nearest other. Source: arXiv 1904.06991.
     """
-    def share_inside(points, z):
-        radii = torch.cat([torch.cdist(part, z).kthvalue(k + 1).values for part in z.split(chunk)])     # (M,)
-        inside = torch.cat([(torch.cdist(part, z) <= radii).any(1) for part in points.split(chunk)])    # (N,)
-        return inside.double().mean().item()
     x, y = samples.double(), reference.double()
-    return share_inside(x, y), share_inside(y, x)
+    radius = lambda z: torch.cat([torch.cdist(part, z).kthvalue(k + 1).values for part in z.split(chunk)])
+    radii_x, radii_y = radius(x), radius(y)                                                     # (N,), (M,)
+    precise, recalled = [], torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for part, radii in zip(x.split(chunk), radii_x.split(chunk)):
+        apart = torch.cdist(part, y)                                                            # (n, M)
+        precise.append((apart <= radii_y).any(1))
+        recalled |= (apart <= radii[:, None]).any(0)
+    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,7 +123,8 @@ class Inception(Inception3):
         self.eval().requires_grad_(False)
 
     def forward(self, images):
-        assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: {images.dtype} {tuple(images.shape)} is not uint8 (N, 3, H, W); convert them")
         x = (resize_tensorflow1(images.float()) - 128) / 128                                    # (N, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))                       # (N, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))                            # (N, 192, 71, 71)
@@ -167,7 +171,7 @@ def make_extractor(features="inception", weights=None, device="cpu"):
     return Extractor(extract, f"dino-{fingerprint(net)}", net.num_features)
 
 
-def measure(extractor, batches, device, keep=("pool", "logits")):
+def measure(extractor, batches, device, keep=()):
     """This process's share of the images, batches uint8 (B, 3, H, W), to the numbers of all processes' images:
 
     ({part: (mean, covariance)}, {part: features (N, D)} of the parts in keep). SystemExit with D images or fewer.
@@ -228,7 +232,7 @@ def npz_images(path, rank, world, batch_size):
             yield torch.frombuffer(batch, dtype=torch.uint8).view(-1, *shape[1:]).permute(0, 3, 1, 2)
 
 
-def statistics_of(path, extractor, device, rank=0, world=1, batch_size=32):
+def statistics_of(path, extractor, keep, device, rank=0, world=1, batch_size=32):
     """A folder or .npz -> ({part: (mean, covariance)}, recorded or else measured, {part: features of its images})."""
     moments, batches = {}, None
     if Path(path).is_dir():
@@ -243,7 +247,7 @@ def statistics_of(path, extractor, device, rank=0, world=1, batch_size=32):
         if not moments:
             raise SystemExit(f"{path}: neither images nor statistics of {extractor.name}; give images")
         return moments, {}
-    measured, features = measure(extractor, tqdm(batches, str(path), disable=rank > 0), device)
+    measured, features = measure(extractor, tqdm(batches, str(path), disable=rank > 0), device, keep)
     return measured | moments, features
 
 
@@ -253,13 +257,14 @@ class Scorer:
     def __init__(self, reference, features="inception", weights=None, device="cpu", rank=0, world=1, batch_size=32):
         self.where = device, rank, world, batch_size
         self.extractor = make_extractor(features, weights, device)
-        self.moments, self.features = statistics_of(reference, self.extractor, *self.where)
+        self.moments, self.features = statistics_of(reference, self.extractor, ("pool",), *self.where)
 
     def __call__(self, samples):
+        keep = ("pool", "logits") if self.features else ("logits",)
         if isinstance(samples, (str, Path)):
-            moments, features = statistics_of(samples, self.extractor, *self.where)
+            moments, features = statistics_of(samples, self.extractor, keep, *self.where)
         else:
-            moments, features = measure(self.extractor, samples, self.where[0])
+            moments, features = measure(self.extractor, samples, self.where[0], keep)
         scores, inception = dict(extractor=self.extractor.name), self.extractor.name.startswith("inception")
         names = dict(pool="fid" if inception else "fd", spatial="sfid")
         for part in [part for part in names if part in moments and part in self.moments]:
@@ -327,9 +332,9 @@ def report(paths, data, held_out, out, device, small=False):
             return encoder.extract(x) | dict(classifier=seen, logits=classifier[-1](seen))
         extractor, row = Extractor(extract, encoder.name, 256), dict(name=name, steps=steps)
         if encoder.name not in references:
-            references[encoder.name] = measure(extractor, real.split(500), device)
+            references[encoder.name] = measure(extractor, real.split(500), device, ("pool",))
         wanted, real_features = references[encoder.name]
-        made, features = measure(extractor, images.split(500), device)
+        made, features = measure(extractor, images.split(500), device, ("pool", "logits"))
         for space, part in dict(encoder="pool", classifier="classifier").items():
             row[f"fd_{space}"] = frechet_distance(*made[part], *wanted[part])
         row["precision"], row["recall"] = precision_recall(features["pool"], real_features["pool"])

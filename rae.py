@@ -274,11 +274,12 @@ class Discriminator(nn.Module):
 
 def augment(images, uniform):
     """DiffAug (arXiv 2006.10738): translation, brightness, saturation, contrast, from uniform (B, 5). (B, 3, S, S)"""
+    down, across, brightness, saturation, contrast = uniform.T.reshape(5, -1, 1, 1, 1)          # 5 x (B, 1, 1, 1)
     side, reach = images.shape[-1], images.shape[-1] // 8                                       # an eighth at most
-    corners = (uniform[:, :2] * (2 * reach + 1)).long().tolist()                                # B x (row, column)
+    window, image = (torch.arange(n, device=images.device) for n in (side, len(images)))        # (S,), (B,)
+    row, column = (window + (u.flatten(1) * (2 * reach + 1)).long() for u in (down, across))    # 2 x (B, S)
     x = F.pad(images, [reach] * 4, value=0.5)                                                   # grey around it
-    x = torch.stack([image[:, i:i + side, j:j + side] for image, (i, j) in zip(x, corners)])    # (B, 3, S, S)
-    brightness, saturation, contrast = uniform[:, 2:].T.reshape(3, -1, 1, 1, 1)                 # 3 x (B, 1, 1, 1)
+    x = x[image[:, None, None], :, row[:, :, None], column[:, None]].permute(0, 3, 1, 2)        # (B, 3, S, S)
     x = x + (brightness - 0.5) / 2
     for factor, dims in ((2 * saturation, 1), (0.5 + contrast, (1, 2, 3))):
         mean = x.mean(dims, keepdim=True)

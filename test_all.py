@@ -279,6 +279,11 @@ def test_mean_flow_loss_has_the_gradient_of_the_adaptive_weighting(adaptive_p, d
     assert relative(*(torch.autograd.grad(value, weight)[0] for value in (loss, expected))) < 1e-10
     assert metrics["mse"].item() == pytest.approx(error.mean().item(), rel=1e-10)
 
+def test_mean_flow_loss_of_a_perfect_sample_has_no_gradient():
+    u, zero = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
+    loss, _ = meanflow.mean_flow_loss(lambda *a: u, zero, None, 1.0, t=zero[:, 0], r=zero[:, 0], noise=zero)
+    assert not torch.autograd.grad(loss, u)[0].any()                                            # nor is it 0 / 0
+
 def test_mean_flow_at_r_equal_t_is_flow_matching():
     net, y, t = small_dit(True).double(), torch.arange(6), torch.rand(6).double()
     x, noise = torch.randn(2, 6, 8, 4, 4, dtype=torch.float64)
@@ -314,9 +319,11 @@ def test_evaluations_of_a_mean_flow_step(derivative, copies):
     note = lambda name, y: calls.append((name, torch.is_grad_enabled(), y.tolist()))
     spy = lambda name, net: lambda z, t, y, *r: note(name, y) or net(z, t, y, *r)
     loss_of = lambda *nets, **how: meanflow.mean_flow_loss(nets[0], x, y, 1.0, nets[1], noise=x, t=t, r=r, **how)[0]
-    loss_of(spy("student", student), spy("teacher", teacher), derivative=derivative)
+    loss = loss_of(spy("student", student), spy("teacher", teacher), derivative=derivative)
     assert calls == [("teacher", False, y.tolist()), ("student", False, y[r < t].tolist() * copies),
                      ("student", True, y.tolist())]
+    given = lambda z, t, r, y, v: meanflow.total_derivative(student, z, t, r, y, v, derivative)
+    assert torch.equal(loss_of(student, teacher, du_dt=given), loss)
 
 @both_flows
 @both_solvers
@@ -1080,6 +1087,7 @@ def test_toy_images():
     assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8 and labels.tolist() == list(range(10)) * 4
     few, other = train.make_toy_images(10, seed=3)[0], train.make_toy_images(10, seed=4)[0]
     assert np.array_equal(images[:10], few) and not np.array_equal(few, other)
+    assert all(len(np.unique(image.reshape(-1, 3), axis=0)) >= 8 for image in images)           # anti-aliased edges
 
 def test_the_papers_table_and_learning_rates():
     (decoder, flow, mid, distill, bootstrap, _), rate = train.TABLE["paper 256"].values(), train.learning_rate
@@ -1244,7 +1252,7 @@ def test_labels_are_dropped_once_per_sample(photographs, trained, tmp_path, monk
 def test_micro_batches_and_processes_follow_the_same_loss(photographs, trained, tmp_path):
     """The same draws, sums in another order: 1e-4 over four steps in float32."""
     jobs = [(stage, 2, ()) for stage in ("flow", "mid", "distill", "drift")]
-    jobs += [(stage, world, ("--micro_batch", 2)) for stage in ("mid", "bootstrap", "drift") for world in (1, 2)]
+    jobs += [(stage, world, ("--micro_batch", 2)) for world in (1, 2) for stage in STAGES[1:]]
     for stage, world, extra in jobs:
         out = tmp_path / f"{stage}{world}{len(extra)}"
         command = a_run(trained, photographs, out, stage, "--steps", 4, *extra)

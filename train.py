@@ -426,8 +426,8 @@ class Samples(Dataset):
         unknown = [name for name in data.classes if name not in classes]
         if unknown:
             raise SystemExit(f"--data: {unknown[0]!r} is no class of the network; give images of its {len(classes)}")
-        self.labels, targets = [classes.index(name) for name in data.classes], torch.tensor(data.targets)
-        self.members = [(targets == label).nonzero()[:, 0] for label in range(len(data.classes))]
+        self.labels, targets = [classes.index(name) for name in data.classes], torch.as_tensor(data.targets)
+        self.members = targets.argsort(stable=True).split(targets.bincount(minlength=len(self.labels)).tolist())
 
     @lru_cache(maxsize=1)
     def order(self, epoch, length):
@@ -501,7 +501,7 @@ def load_data(args):
         split = [(torch.stack(images), torch.tensor(labels)) for images, labels in split]
     data = [TensorDataset(images, labels) for images, labels in split]                          # (M, 3, 32, 32), (M,)
     data[0].classes = data[1].classes = classes
-    data[0].targets = split[0][1].tolist()
+    data[0].targets = split[0][1]
     return data
 
 
