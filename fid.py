@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from dit import load_file
 from rae import fetch, load_rae, read_image, timm_network
-from sample import load_all, make_images, reconstruct, save_grid, start_processes
+from sample import load_all, make_images, reconstruct, draw_grid, start_processes
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the end of the name is the start of the file's sha256
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
@@ -363,7 +363,7 @@ def report(paths, data, held_out, out, device, small=False):
     (out / "report.json").write_text(json.dumps(rows, indent=1))
     save_chart(rows[2:], out / "report.png")
     titles = [title for title in shown if not title.endswith((", 2 steps", ", 4 steps"))]
-    save_grid(torch.cat([shown[title] for title in titles]), out / "comparison.png", len(columns), titles)
+    draw_grid(torch.cat([shown[title] for title in titles]), len(columns), titles).save(out / "comparison.png")
     print(f"\nFD: Frechet distance to {len(real)} held-out images. Precision, recall: in the encoder's features.\n"
           f"{out}: report.json (the table), report.png (its curves), comparison.png (samples side by side)")
 

@@ -3,7 +3,7 @@
 Paper: arXiv 2511.13019 (the stages), after MeanFlow, arXiv 2505.13447 (E5), and flow matching, arXiv 2210.02747 (E2).
 The numbers E1 to E8 are this file's own. Models are callables: nothing here knows what an image or a network is.
 
-    python meanflow.py      # the whole method on a 2-D checkerboard: half a minute of one core, ends in meanflow.png
+    python meanflow.py      # the whole method on a 2-D checkerboard, in half a minute: meanflow.png and meanflow.gif
 
 The direction, everywhere:  t = 1 is noise, t = 0 is data, and r <= t.
 
@@ -176,7 +176,7 @@ def mean_flow_loss(student, x, y, alpha, teacher=None, derivative="jvp", delta=5
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage "drift", beyond the paper: the student's own one-step samples move towards data, and away from each other. There
-# is no time, no teacher and no derivative; the student of any earlier stage serves as a start.
+# is no time, no teacher and no derivative. It starts from the teacher's weights, or from a student of any stage.
 
 @torch.no_grad()
 def drift(s, data, samples, temperature):
@@ -276,13 +276,13 @@ def fit(points):
     return share[density > 0].sum().item(), ((share - density).abs().sum() + outside).item() / 2
 
 
-def draw(panels, paths, path, side=224, columns=4):
-    """panels {title: points (M, 2)} as clouds, paths {title: {colour: lines (points, lines, 2)}} last -> PNG."""
+def draw(panels, paths=(), columns=4, side=224):
+    """panels {title: points (M, 2)} as clouds, then paths [(title, {colour: lines (points, lines, 2)})] -> picture."""
     from PIL import Image, ImageDraw
-    rows = -(-(len(panels) + 1) // columns)
+    rows = -(-(len(panels) + len(paths)) // columns)
     picture = Image.new("RGB", (columns * (side + 16), rows * (side + 40)), "white")
     pen = ImageDraw.Draw(picture)
-    for number, (title, shown) in enumerate([*panels.items(), *paths.items()]):
+    for number, (title, shown) in enumerate([*panels.items(), *paths]):
         left, top = number % columns * (side + 16) + 8, number // columns * (side + 40) + 32
         pen.text((left, top - 24), title, "black", font_size=16)
         if torch.is_tensor(shown):
@@ -296,11 +296,10 @@ def draw(panels, paths, path, side=224, columns=4):
             for line in pixels.transpose(0, 1).tolist():
                 pen.line([tuple(point) for point in line], colour, 2)
                 pen.circle(line[-1], 3, colour)
-    picture.save(path)
-    print(path)
+    return picture
 
 
-def demo(path="meanflow.png"):
+def demo():
     import copy
     torch.manual_seed(0)
     noise, y = torch.randn(20_000, 2), torch.zeros(20_000)
@@ -323,9 +322,16 @@ def demo(path="meanflow.png"):
     print(f"\n{'':20}on dark squares    total variation from the data")
     for title, points in panels.items():
         print("{:20}{:15.1%}{:35.1%}".format(title, *fit(points)))
-    curves = solve_flow(teacher, noise[:14], y[:14], 25, alpha=1)[0]                            # (26, 14, 2)
-    jumps = torch.stack([noise[:14], panels["distill, 1 step"][:14]])                           # (2, 14, 2)
-    draw(panels, {"teacher (blue), distill (red)": {"royalblue": curves, "crimson": jumps}}, path)
+    walk, jumped = solve_flow(teacher, noise, y, 25, alpha=1)[0], panels["drift, 1 step"]       # (26, M, 2), (M, 2)
+    lines = {"royalblue": walk[:, :14], "crimson": torch.stack([noise[:14], jumped[:14]])}
+    draw(panels, [("teacher (blue), drift (red)", lines)]).save("meanflow.png")
+    titles = "teacher: {} of 25 steps", "student: {} of 1 step"
+    frames = [draw({titles[0].format(k): points, titles[1].format(min(k, 1)): jumped if k else noise}, columns=2)
+              for k, points in enumerate(walk)]
+    frames[0].save("meanflow.gif", save_all=True, append_images=frames[1:], duration=[*25 * [120], 3000], loop=0)
+    print("\nmid comes before distill, whose target contains du/dt of the student: far from the solution its errors\n"
+          "return enlarged, and in many dimensions training explodes. The targets of mid are bounded.\n"
+          "meanflow.png: each stage; meanflow.gif: 25 steps of the teacher beside one step of the student")
 
 
 if __name__ == "__main__":

@@ -166,6 +166,8 @@ class RAE(nn.Module):
 
     def fetch_encoder(self, weights=None):
         """Load the public encoder. Only who encodes needs it; sampling and stage mid do not. -> self"""
+        if self.encoder is None and self.encoder_config["name"] == "toy":
+            raise SystemExit("a released checkpoint of the toy has no encoder; give that of a training run")
         if self.encoder is None:
             self.encoder = Encoder(**self.encoder_config, weights=weights)
         return self
@@ -196,7 +198,7 @@ def load_rae(path, packed=None):
         raise SystemExit(f"{path}: holds no RAE; give a finished checkpoint of train.py")
     state, config = packed["state"], packed["encoder"]
     with torch.device("meta"):
-        encoder = Encoder(**config) if config["name"] == "toy" else None
+        encoder = Encoder(**config) if any(name.startswith("encoder.") for name in state) else None
         rae = RAE(encoder, Decoder(**packed["decoder"]), state.get("mean"), state.get("var"))
     rae.encoder_config = config
     return fill(rae, state, path)

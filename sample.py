@@ -6,6 +6,8 @@ Paper: arXiv 2511.13019, one-step and two-step samples in its tables of results.
     python sample.py --ckpt x.pt --classes "golden retriever" --num 8   # classes by name or by number
     python sample.py --ckpt x.pt --num 50000 --npz samples.npz          # PNGs in a folder, and one file for fid.py
     torchrun --nproc_per_node=8 -- sample.py --ckpt x.pt --num 50000 --npz samples.npz    # the same by eight processes
+    python sample.py --ckpt x.pt --num 6 --teacher flow.pt --out x.gif  # the teacher's 25 steps below the student's 1
+    python sample.py --ckpt x.pt --release small.pt                     # what sampling needs, in half precision
 
 Image i is a function of (seed, i) alone. Its class is i modulo the number of classes asked for, so labels are balanced.
 A PNG that exists is not made again: the same command goes on where a killed one stopped.
@@ -77,11 +79,24 @@ def save_picture(network, rae, alpha, num_classes, path, seed=0, images=None):
     """Picture of a training run: samples with a class per column, or images (32 x (3, S, S)) and reconstructions."""
     if images is not None:
         rows = [row for x in torch.stack(images).split(8) for row in (x, reconstruct(rae, x))]  # 8 x (8, 3, S, S)
-        return save_grid(torch.cat(rows), path)
+        return draw_grid(torch.cat(rows)).save(path)
     columns, steps = min(num_classes, 10), 1 if network.average_velocity else 25
     labels = (torch.arange(columns) * (num_classes // columns)).repeat(4)                       # (4 columns,)
     made = make_images(network, rae, alpha, labels, steps, seed)
-    save_grid(torch.cat([images for _, images in made]), path, columns)
+    draw_grid(torch.cat([images for _, images in made]), columns).save(path)
+
+
+@torch.no_grad()
+def save_walk(student, teacher, rae, alpha, labels, path, seed=0, steps=25):
+    """A moving picture: the student's one step above the teacher's walk from the same noise, a label a column."""
+    noise = noise_of(seed, range(len(labels)), rae.latent_shape).to(labels.device)              # (B, C, G, G)
+    walk, _ = meanflow.solve_flow(teacher, noise, labels, steps, alpha)                         # (1 + steps, B, ...)
+    jump, frames = meanflow.sample(student, noise, labels), []
+    for step, z in enumerate(walk):
+        images = to_uint8(rae.decode(torch.cat([jump if step else noise, z]))).cpu()            # (2 B, 3, S, S)
+        titles = f"student: {min(step, 1)} of 1 step", f"teacher: {step} of {steps} steps"
+        frames.append(draw_grid(images, len(labels), titles))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[*steps * [120], 3000], loop=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,6 +134,14 @@ def load_all(path, rae=None, weights=None):
     return network, rae, content.get("alpha") or meanflow.alpha_of(channels, grid), names
 
 
+def release(path, out):
+    """Write what sampling needs of a checkpoint, in half precision: a sixth of the file."""
+    content = load_file(path)
+    half = lambda state: {name: value.half() for name, value in state.items() if not name.startswith("encoder.")}
+    content |= dict(ema=half(content["ema"]), rae=content["rae"] | dict(state=half(content["rae"]["state"])))
+    torch.save({name: content[name] for name in ("stage", "step", "network", "classes", "alpha", "ema", "rae")}, out)
+
+
 def parse_classes(text, names):
     """'golden retriever, 0, tench' -> [207, 0, 0]. A name may list synonyms behind commas."""
     lookup = {str(i): i for i in range(len(names))}
@@ -131,14 +154,14 @@ def parse_classes(text, names):
     return [lookup[word] for word in words]
 
 
-def save_grid(images, path, columns=8, titles=()):
-    """Images uint8 (B, 3, S, S) -> one PNG, `columns` a row. Titles stand to the left, each beside as many rows."""
+def draw_grid(images, columns=8, titles=()):
+    """Images uint8 (B, 3, S, S) -> PIL image, `columns` a row. Titles stand to the left, each beside as many rows."""
     grid = make_grid(images, columns, padding=2, pad_value=255)                                 # (3, height, width)
     image = ImageOps.scale(to_pil_image(grid), max(1, 64 // images.shape[-1]), Image.Resampling.NEAREST)
     image = ImageOps.expand(image, (190 if titles else 0, 0, 0, 0), "white")
     for i, title in enumerate(titles):
         ImageDraw.Draw(image).text((8, (i + 0.35) * image.height / len(titles)), title, "black", font_size=15)
-    image.save(path)
+    return image
 
 
 def pack_npz(files, labels, path):
@@ -192,16 +215,23 @@ def main():
     add("--seed", type=int, default=0, help="image i is a function of (seed, i) (default 0)")
     add("--out", type=Path, help="a .png: grid of all images; else a folder (default CKPT.samples.png, or as --npz)")
     add("--npz", type=Path, help="also write arr_0, uint8 (N, H, W, 3), and arr_1, labels, to this file")
+    add("--teacher", metavar="CKPT", help="a moving picture: this teacher's 25 steps below the student's one")
+    add("--release", metavar="FILE", help="no images: write what sampling needs, in half precision")
     add("--batch_size", type=int, default=64, help="images at a time (default 64)")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     args = parser.parse_args()
     if min(args.num, args.batch_size, args.steps or 1) < 1 or args.seed < 0:
         raise SystemExit("--num, --batch_size, --steps: at least 1; --seed: at least 0")
+    if args.release:
+        return release(args.ckpt, args.release)
     rank, world, device = start_processes(args.device)
     network, rae, alpha, names = load_all(args.ckpt, args.rae, args.weights)
     network, rae = network.to(device), rae.to(device)
     classes = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
     labels = torch.from_numpy(np.resize(classes, args.num))                                     # (num,), in turn
+    if args.teacher:
+        teacher = load_network(args.teacher)[0].to(device)
+        return save_walk(network, teacher, rae, alpha, labels.to(device), args.out or "walk.gif", args.seed)
     make = partial(make_images, network, rae, alpha, labels, args.steps, args.seed, args.batch_size)
     out = args.out or (args.npz.with_suffix("") if args.npz else Path(args.ckpt).with_suffix(".samples.png"))
 
@@ -210,7 +240,7 @@ def main():
     (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
         images = torch.cat([images for _, images in tqdm(make(), total=-(-args.num // args.batch_size))])
-        save_grid(images, out, columns=len(classes) if 4 <= len(classes) <= 12 else 8)          # a class a column
+        draw_grid(images, len(classes) if 4 <= len(classes) <= 12 else 8).save(out)             # a class a column
         return print0(f"{out}: {args.num} images")
 
     checkpoint, file = os.stat(args.ckpt), out / "settings.json"

@@ -7,7 +7,7 @@ Paper: arXiv 2511.13019. The stages, and what each starts from, in the folder --
     mid        the student: average velocity by Consistency Mid-Training, from the weights of its teacher, flow
     distill    MeanFlow distillation, from mid: the MeanFlow identity with the teacher's velocity
     bootstrap  MeanFlow training, from distill: the same with e - x instead of the teacher's velocity
-    drift      beyond the paper, from mid: one-step samples drift towards the data
+    drift      beyond the paper, from flow: one-step samples drift towards the data
 
     python train.py --toy                                    # all of it on a laptop CPU, on pictures it draws itself
     python train.py --toy --data cifar10/train               # the same on folders of photographs, at 32 x 32
@@ -54,8 +54,7 @@ from sample import class_names, make_images, newest_checkpoint, print0, save_pic
 TABLE = {
     "paper 256": {  # rae has 16 epochs of ImageNet, flow 800
         "rae": dict(steps=40_036, batch_size=512, lr=2e-4, lr_end=2e-5, warmup=1 / 16, decay="cosine", clip=math.inf,
-                    ema=0.9978, noise=0.8, perceptual=1.0, adversarial=0.75, discriminator_from=6 / 16,
-                    gan_from=8 / 16),
+                    ema=0.9978, noise=0.8, perceptual=1.0, adversarial=0.75, discriminator_from=6 / 16, gan_from=0.5),
         "flow": dict(steps=1_000_911, batch_size=1024, lr=2e-4, lr_end=2e-5, decay_from=40 / 800, ema=0.9995,
                      class_dropout=0.1),
         "mid": dict(steps=27_000, batch_size=8, num_pairs=64, lr=1e-4, ema=0.999, class_dropout=0.1, num_points=17,
@@ -83,7 +82,7 @@ TABLE = {
     "best toy": dict.fromkeys(("mid", "distill"), dict(guidance_scale=2.0)),
 }
 STAGES = dict(paper=("rae", "flow", "mid", "distill", "bootstrap"), best=("rae", "flow", "mid", "drift"))
-STARTS_FROM = dict(mid="flow", distill="mid", bootstrap="distill", drift="mid")
+STARTS_FROM = dict(mid="flow", distill="mid", bootstrap="distill", drift="flow")
 TOY_ALPHA = 2.5     # time shift of the toy, tried out; with 0.6, the paper's rule, it learns the classes more slowly
 TOY_CLASSES = ("ball", "ring", "square", "triangle", "star", "heart", "moon", "plus", "arrow", "fish")
 FLAGS = dict(       # what is also a flag, and its meaning
@@ -125,7 +124,7 @@ def draw_step(stage, c, step, latent_shape, num_classes, alpha, device):
     normal = lambda *shape: torch.randn(*shape, generator=g, device=device)
     uniform = lambda *shape: torch.rand(*shape, generator=g, device=device)
     integer = lambda high, *shape: torch.randint(high, shape, generator=g, device=device)
-    noise = normal(B, *latent_shape)                                                            # (B, C, G, G)
+    noise = normal(B, *((c["samples"],) if stage == "drift" else ()), *latent_shape)            # (B, [M,] C, G, G)
     if stage == "rae":                                              # augment: 5 of the decoder, 10 of the discriminator
         return dict(noise=noise * c["noise"] * uniform(B, 1, 1, 1), augment=uniform(B, 15))
     draws = dict(noise=noise, dropped=uniform(B) < c["class_dropout"])                          # (B,)
@@ -134,8 +133,6 @@ def draw_step(stage, c, step, latent_shape, num_classes, alpha, device):
     elif stage == "mid":
         draws["pairs"] = integer(c["num_points"] * (c["num_points"] - 1) // 2, B, c["num_pairs"])   # (B, pairs)
         draws["y"] = integer(num_classes, B)                                                    # (B,)
-    elif stage == "drift":
-        draws["noise"] = normal(B, c["samples"], *latent_shape)                                 # (B, M, C, G, G)
     elif stage in ("distill", "bootstrap"):                         # not random: r < t in each 4th row, if 0.25
         r_not_equal_t = (torch.arange(B + 1, device=device) * c["ratio_r_not_equal_t"]).floor().diff() > 0
         draws["t"], draws["r"] = mean_flow_times(uniform(2, B), r_not_equal_t, alpha)           # 2 x (B,)
@@ -172,17 +169,17 @@ def train(stage, args, c, data, stop):
     parts |= dict(discriminator=adversary.heads, d_optimizer=adversary.optimizer) if adversary else {}
     for name in parts if state else ():
         parts[name].load_state_dict(state[name])
-    if c["precision"] == "bf16":                                    # frozen networks take half the memory
-        networks = teacher, guide, perceptual, adversary and adversary.discriminator.net, not args.toy and rae.encoder
-        for weight in (weight for network in networks if network for weight in network.parameters()):
-            weight.data = weight.data.bfloat16()
     bf16, kind = c["precision"] == "bf16", torch.device(device).type    # casts without a graph are not used with one:
     autocast = partial(torch.autocast, kind, torch.bfloat16, bf16, cache_enabled=False)
+    frozen = teacher, guide, perceptual, adversary and adversary.discriminator.net, not args.toy and rae.encoder
+    for weight in (weight for network in frozen if network and bf16 for weight in network.parameters()):
+        weight.data = weight.data.bfloat16()                        # half the memory
 
     # Callables: the losses call the network through DDP, which averages gradients; the derivative has none.
     net, du_dt = model, lambda z, t, r, y, v: total_derivative(model, z, t, r, y, v, c["derivative"])
     if world > 1:
-        net = ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        how = dict(broadcast_buffers=False, gradient_as_bucket_view=True)       # no second copy of the gradients
+        net = ddp = torch.nn.parallel.DistributedDataParallel(model, **how)
     if c.get("guidance_scale", 1) != 1:
         teacher = guided(teacher, c["guidance_scale"], len(classes), guide)
     if args.compile:
@@ -328,15 +325,14 @@ def train(stage, args, c, data, stop):
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
             print0(f"{stage}: step {step + 1} skipped, its loss or gradient is not finite: {line}")
         if skipped_in_a_row == 10:
-            bar.close()
             raise SystemExit(f"{stage}: no finite gradient in ten steps; go on with a smaller --lr or --precision fp32")
         for used in (optimizer, adversary.optimizer) if adversary else (optimizer,):
             used.zero_grad()
         step, taken = step + 1, time.perf_counter() - clock
         seconds += taken
         speed = float(f"{c['batch_size'] * c.get('num_pairs', c.get('with_gradient', 1)) / taken:.3g}")
-        peak = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        write(line | dict(images_per_s=speed, skipped=skipped, seconds=round(seconds, 2), peak_GB=peak))
+        line |= dict(images_per_s=speed, skipped=skipped, seconds=round(seconds, 2))
+        write(line | dict(peak_GiB=round(torch.cuda.max_memory_allocated() / 2**30, 2)))
         bar.set_postfix_str(f"loss {line['loss']:.4g}, grad_norm {line['grad_norm']:.3g}, images/s {speed:g}", False)
         bar.update()
 
@@ -372,11 +368,12 @@ def build(stage, args, c, state, data):
         decoder = Decoder(encoder.config["channels"], grid, args.resolution // grid, **DECODERS[c["model"]])
         return decoder, RAE(encoder, decoder), None, None, None, classes
 
-    if stage in ("mid", "distill"):                 # the teacher: given, or the one in OUT, or the published one
-        teacher_path = args.teacher or args.out / "flow.pt"
-        if not args.teacher and not args.toy and not teacher_path.exists():
-            teacher_path = published("teacher", args.resolution, args.weights)
-        teacher, teacher_content = load_network(teacher_path)
+    starts_from_teacher = STARTS_FROM.get(stage) == "flow" and not args.init and not state
+    teacher_path = args.teacher or args.out / "flow.pt"     # given, or the one in OUT, or the published one
+    if (starts_from_teacher or stage in ("mid", "distill")) and not (args.teacher or args.toy or teacher_path.exists()):
+        teacher_path = published("teacher", args.resolution, args.weights)
+    if stage in ("mid", "distill"):
+        teacher, _ = load_network(teacher_path)
         if teacher.average_velocity:
             raise SystemExit(f"--teacher {teacher_path}: has an average velocity; give a checkpoint of stage flow")
         if c["guidance_model"] != "none":
@@ -385,13 +382,11 @@ def build(stage, args, c, state, data):
 
     if state:                                       # the start: where the stage was, or the stage before, or random
         start = DiTDH(**state["network"])
-    elif stage == "mid" and not args.init:
-        start, content, path = student_of(teacher), teacher_content, teacher_path
     elif args.init != "none" and (args.init or stage in STARTS_FROM):
-        path = args.init or args.out / f"{STARTS_FROM[stage]}.pt"
+        path = args.init or (teacher_path if starts_from_teacher else args.out / f"{STARTS_FROM[stage]}.pt")
         start, content = load_network(path)
         if stage != "flow" and not start.average_velocity:
-            start = student_of(start)               # without mid-training: a baseline that explodes
+            start = student_of(start)               # in distill, without mid-training, it explodes
 
     if "rae" in content and (state or not args.rae):    # the RAE: of the start, or given, or in OUT, or published
         rae = load_rae(path, content["rae"])
@@ -399,8 +394,7 @@ def build(stage, args, c, state, data):
         rae = load_rae(args.rae or args.out / "rae.pt")
     else:
         rae = published_rae(args.resolution, args.weights)
-    if stage != "mid":
-        rae.fetch_encoder(args.weights)
+    rae = rae if stage == "mid" else rae.fetch_encoder(args.weights)
 
     (channels, grid, _), classes = rae.latent_shape, content.get("classes") or classes
     if start is None:
@@ -626,7 +620,10 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, on_signal)
     for stage, c in () if args.report else configs.items():
-        train(stage, args, c, None if stage == "mid" else data, stop)
+        try:
+            train(stage, args, c, None if stage == "mid" else data, stop)
+        except torch.OutOfMemoryError:
+            raise SystemExit(f"{stage}: out of memory; `python test_all.py --memory` tells which --micro_batch fits")
     if world > 1:
         dist.destroy_process_group()                                # the report is made by one process
     if reporting and rank == 0 and not stop:
