@@ -7,7 +7,6 @@ Paper: arXiv 2511.13019, one-step and two-step samples in its tables of results.
     python sample.py --ckpt x.pt --num 50000 --npz samples.npz          # PNGs in a folder, and one file for fid.py
     torchrun --nproc_per_node=8 -- sample.py --ckpt x.pt --num 50000 --npz samples.npz    # the same by eight processes
     python sample.py --ckpt x.pt --num 6 --teacher flow.pt --out x.gif  # the teacher's 25 steps below the student's 1
-    python sample.py --ckpt x.pt --release small.pt                     # what sampling needs, in half precision
 
 Image i is a function of (seed, i) alone. Its class is i modulo the number of classes asked for, so labels are balanced.
 A PNG that exists is not made again: the same command goes on where a killed one stopped.
@@ -206,7 +205,7 @@ def main():
     title, _, examples = __doc__.split("\n\n")[:3]
     parser = argparse.ArgumentParser(description=title, epilog=examples, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint of flow, mid, distill or bootstrap, or published DiTDH weights")
+    add("--ckpt", required=True, help="checkpoint of any stage after rae, or published DiTDH weights")
     add("--rae", metavar="CKPT", help="another RAE (default: that of --ckpt, or the published one)")
     add("--weights", metavar="DIR", help="folder laid out like the hub (default: the hub)")
     add("--steps", type=int, help="evaluations of the network per image (default: student 1, teacher 50)")
@@ -231,10 +230,11 @@ def main():
     labels = torch.from_numpy(np.resize(classes, args.num))                                     # (num,), in turn
     if args.teacher:
         teacher = load_network(args.teacher)[0].to(device)
+        if teacher.average_velocity or not network.average_velocity:
+            raise SystemExit(f"--teacher {args.teacher}: give a checkpoint of flow; to --ckpt, a later stage's")
         return save_walk(network, teacher, rae, alpha, labels.to(device), args.out or "walk.gif", args.seed)
     make = partial(make_images, network, rae, alpha, labels, args.steps, args.seed, args.batch_size)
     out = args.out or (args.npz.with_suffix("") if args.npz else Path(args.ckpt).with_suffix(".samples.png"))
-
     if args.npz and (out.suffix == ".png" or not args.npz.absolute().parent.is_dir()):
         raise SystemExit(f"--npz {args.npz}: needs a folder that exists, and an --out that is a folder")
     (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)

@@ -623,7 +623,8 @@ def main():
         try:
             train(stage, args, c, None if stage == "mid" else data, stop)
         except torch.OutOfMemoryError:
-            raise SystemExit(f"{stage}: out of memory; `python test_all.py --memory` tells which --micro_batch fits")
+            fits = f"--memory --stage {stage} --model {args.model} --resolution {args.resolution}"
+            raise SystemExit(f"{stage}: out of memory; `python test_all.py {fits}` tells which --micro_batch fits")
     if world > 1:
         dist.destroy_process_group()                                # the report is made by one process
     if reporting and rank == 0 and not stop:
