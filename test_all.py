@@ -1470,7 +1470,7 @@ def test_common_mistakes_end_in_one_line_before_any_work(photographs, trained, t
         assert not [*tmp_path.glob("out/*.pt")]
     monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(SystemExit, match="mid: out of memory; .*--memory"):
-        in_process(monkeypatch, *toy[1:], "--stage", "mid")
+        in_process(monkeypatch, "--toy", "--out", tmp_path / "other", "--stage", "mid")
 
 def test_readme_names_flags_files_and_lines_that_exist():
     text, flags = (HERE / "README.md").read_text(), {"test_all.py": BENCH_FLAGS, "meanflow.py": set(), "dit.py": set()}

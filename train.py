@@ -325,6 +325,7 @@ def train(stage, args, c, data, stop):
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
             print0(f"{stage}: step {step + 1} skipped, its loss or gradient is not finite: {line}")
         if skipped_in_a_row == 10:
+            bar.close()
             raise SystemExit(f"{stage}: no finite gradient in ten steps; go on with a smaller --lr or --precision fp32")
         for used in (optimizer, adversary.optimizer) if adversary else (optimizer,):
             used.zero_grad()
