@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from dit import load_file
 from rae import fetch, load_rae, read_image, timm_network
-from sample import load_all, make_images, reconstruct, draw_grid, start_processes
+from sample import draw_grid, load_all, make_images, reconstruct, start_processes
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the end of the name is the start of the file's sha256
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE

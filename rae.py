@@ -166,9 +166,9 @@ class RAE(nn.Module):
 
     def fetch_encoder(self, weights=None):
         """Load the public encoder. Only who encodes needs it; sampling and stage mid do not. -> self"""
-        if self.encoder is None and self.encoder_config["name"] == "toy":
-            raise SystemExit("a released checkpoint of the toy has no encoder; give that of a training run")
         if self.encoder is None:
+            if self.encoder_config["name"] == "toy":
+                raise SystemExit("a released checkpoint of the toy has no encoder; give that of a training run")
             self.encoder = Encoder(**self.encoder_config, weights=weights)
         return self
 

@@ -90,11 +90,11 @@ def save_walk(student, teacher, rae, alpha, labels, path, seed=0, steps=25):
     """A moving picture: the student's one step above the teacher's walk from the same noise, a label a column."""
     noise = noise_of(seed, range(len(labels)), rae.latent_shape).to(labels.device)              # (B, C, G, G)
     walk, _ = meanflow.solve_flow(teacher, noise, labels, steps, alpha)                         # (1 + steps, B, ...)
-    jump, frames = meanflow.sample(student, noise, labels), []
-    for step, z in enumerate(walk):
-        images = to_uint8(rae.decode(torch.cat([jump if step else noise, z]))).cpu()            # (2 B, 3, S, S)
+    walked = [to_uint8(rae.decode(z)).cpu() for z in walk]                                      # each (B, 3, S, S)
+    drawn, frames = torch.cat([x for _, x in make_images(student, rae, alpha, labels, 1, seed)]), []
+    for step, images in enumerate(walked):
         titles = f"student: {min(step, 1)} of 1 step", f"teacher: {step} of {steps} steps"
-        frames.append(draw_grid(images, len(labels), titles))
+        frames.append(draw_grid(torch.cat([drawn if step else images, images]), len(labels), titles))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[*steps * [120], 3000], loop=0)
 
 

@@ -1574,16 +1574,20 @@ def bench_step(args, stage, encoder, adversary=None, perceptual=None):
         optimizer.zero_grad()
     return step
 
-def predicted_bytes(args, stage, batch_size):
-    """Peak memory of a stage with micro-batches of batch_size, from shapes alone: nothing is computed or allocated."""
-    args = argparse.Namespace(**vars(args) | dict(batch_size=batch_size, device="cpu"))
-    nets, frozen = bench_networks(args, stage)
-    some = lambda mask: torch.arange(max(1, batch_size // 4))[:, None]                          # rows with r < t
-    with FakeTensorMode(allow_non_fake_inputs=True), Peak(frozen) as peak, mock.patch("torch.Tensor.nonzero", some):
+def peak_bytes(args, stage, nets, frozen):
+    with Peak(frozen) as peak:
         step = bench_step(args, stage, *nets)
         step(2)
         step(2)
     return peak.bytes
+
+def predicted_bytes(args, stage, batch_size):
+    """Peak memory of a stage with micro-batches of batch_size, from shapes alone: nothing is computed or allocated."""
+    args = argparse.Namespace(**vars(args) | dict(batch_size=batch_size, device="cpu"))
+    networks = bench_networks(args, stage)
+    some = lambda mask: torch.arange(max(1, batch_size // 4))[:, None]                          # rows with r < t
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("torch.Tensor.nonzero", some):
+        return peak_bytes(args, stage, *networks)
 
 def memory(args):
     """Table of the largest micro-batch that fits, from two predictions; 2 GB are left to CUDA itself."""
@@ -1636,12 +1640,8 @@ def test_bench_ends_in_one_json_object(capsys):
 def test_predicted_memory_is_that_of_the_steps_themselves():
     args = argparse.Namespace(**BENCH | dict(device="cpu", batch_size=4), compile=False, checkpointing=False)
     for stage in STAGES[1:]:
-        nets, frozen = bench_networks(args, stage)
-        with Peak(frozen) as peak:
-            step = bench_step(args, stage, *nets)
-            step(2)
-            step(2)
-        assert predicted_bytes(args, stage, args.batch_size) == pytest.approx(peak.bytes, rel=0.01), stage
+        real = peak_bytes(args, stage, *bench_networks(args, stage))
+        assert predicted_bytes(args, stage, args.batch_size) == pytest.approx(real, rel=0.01), stage
 
 if __name__ == "__main__":
     if {"--bench", "--memory"} & {*sys.argv}:

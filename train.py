@@ -172,7 +172,7 @@ def train(stage, args, c, data, stop):
     bf16, kind = c["precision"] == "bf16", torch.device(device).type    # casts without a graph are not used with one:
     autocast = partial(torch.autocast, kind, torch.bfloat16, bf16, cache_enabled=False)
     frozen = teacher, guide, perceptual, adversary and adversary.discriminator.net, not args.toy and rae.encoder
-    for weight in (weight for network in frozen if network and bf16 for weight in network.parameters()):
+    for weight in (w for network in frozen if network for w in network.parameters()) if bf16 else ():
         weight.data = weight.data.bfloat16()                        # half the memory
 
     # Callables: the losses call the network through DDP, which averages gradients; the derivative has none.
@@ -370,24 +370,25 @@ def build(stage, args, c, state, data):
         return decoder, RAE(encoder, decoder), None, None, None, classes
 
     starts_from_teacher = STARTS_FROM.get(stage) == "flow" and not args.init and not state
-    teacher_path = args.teacher or args.out / "flow.pt"     # given, or the one in OUT, or the published one
-    if (starts_from_teacher or stage in ("mid", "distill")) and not (args.teacher or args.toy or teacher_path.exists()):
-        teacher_path = published("teacher", args.resolution, args.weights)
-    if stage in ("mid", "distill"):
-        teacher, _ = load_network(teacher_path)
+    if starts_from_teacher or stage in ("mid", "distill"):      # the teacher: given, or the one in OUT, or published
+        teacher_path = args.teacher or args.out / "flow.pt"
+        if not args.teacher and not args.toy and not teacher_path.exists():
+            teacher_path = published("teacher", args.resolution, args.weights)
+        teacher, teacher_content = load_network(teacher_path)
         if teacher.average_velocity:
             raise SystemExit(f"--teacher {teacher_path}: has an average velocity; give a checkpoint of stage flow")
-        if c["guidance_model"] != "none":
-            name = c["guidance_model"]
+        if (name := c.get("guidance_model", "none")) != "none":
             guide, _ = load_network(published("guide", args.resolution, args.weights) if name == "published" else name)
 
     if state:                                       # the start: where the stage was, or the stage before, or random
         start = DiTDH(**state["network"])
+    elif starts_from_teacher:
+        start, content, path = teacher, teacher_content, teacher_path
     elif args.init != "none" and (args.init or stage in STARTS_FROM):
-        path = args.init or (teacher_path if starts_from_teacher else args.out / f"{STARTS_FROM[stage]}.pt")
+        path = args.init or args.out / f"{STARTS_FROM[stage]}.pt"
         start, content = load_network(path)
-        if stage != "flow" and not start.average_velocity:
-            start = student_of(start)               # in distill, without mid-training, it explodes
+    if start and stage != "flow" and not start.average_velocity:
+        start = student_of(start)                   # in distill, without mid-training, it explodes
 
     if "rae" in content and (state or not args.rae):    # the RAE: of the start, or given, or in OUT, or published
         rae = load_rae(path, content["rae"])
@@ -403,7 +404,7 @@ def build(stage, args, c, state, data):
         if args.toy:                                # the published 0.02 learns classes too slowly for minutes
             torch.nn.init.normal_(start.y_embedder.embedding_table.weight, std=1.0)
     alpha = content.get("alpha") or (TOY_ALPHA if args.toy else alpha_of(channels, grid))
-    return start, rae, teacher, guide, alpha, classes
+    return start, rae, None if stage == "drift" else teacher, guide, alpha, classes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
