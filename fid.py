@@ -316,13 +316,13 @@ def save_chart(rows, path):
     picture.save(path)
 
 
-def report(paths, data, held_out, out, device, small=False):
+def report(paths, data, held_out, out, device, num):
     """Print a table of checkpoints of the toy; save it, a chart and a picture, equal noise a column, in the folder out.
 
-    FD: Frechet distance to the images held_out. No stage has seen them, nor the classifier, nor its features.
+    FD: Frechet distance from num samples to the images held_out, which no stage has seen, nor the classifier.
     """
-    num, classes, (real, real_labels) = 300 if small else 1000, len(data.classes), held_out.tensors
-    classifier = train_classifier(*data.tensors, classes, device, 2 if small else max(250, len(data) // 90))
+    classes, (real, real_labels) = len(data.classes), held_out.tensors
+    classifier = train_classifier(*data.tensors, classes, device, 2 if num < 1000 else max(250, len(data) // 90))
     rows, shown, references, columns = [], {}, {}, range(min(classes, 10))
     print(f"\n{'':20} steps  FD encoder  precision  recall  FD classifier  accuracy")
 
@@ -345,11 +345,10 @@ def report(paths, data, held_out, out, device, small=False):
         print("{name:20} {steps:>5} {fd_encoder:11.3f} {precision:10.3f} {recall:7.3f} {fd_classifier:14.2f} "
               "{accuracy:9.1%}".format(**row), flush=True)
 
-    for path in paths:
-        network, rae, alpha, names = load_all(path)
+    for path in map(Path, paths):
+        network, rae, alpha, names = load_all(path, device=device)
         if rae.encoder is None or len(names) != classes:
             raise SystemExit(f"{path}: not of the toy, or of other classes; give a checkpoint of this data")
-        network, rae = network.to(device), rae.to(device)
         name = path.stem if path.parent == out else f"{path.parent.name}/{path.stem}"
         encoder = rae_extractor(rae)
         if not rows:
@@ -364,16 +363,15 @@ def report(paths, data, held_out, out, device, small=False):
     save_chart(rows[2:], out / "report.png")
     titles = [title for title in shown if not title.endswith((", 2 steps", ", 4 steps"))]
     draw_grid(torch.cat([shown[title] for title in titles]), len(columns), titles).save(out / "comparison.png")
-    print(f"\nFD: Frechet distance to {len(real)} held-out images. Precision, recall: in the encoder's features.\n"
-          f"{out}: report.json (the table), report.png (its curves), comparison.png (samples side by side)")
+    print(f"\nFD: Frechet distance of {num} samples to {len(real)} held-out ones. Precision, recall: of the encoder's\n"
+          f"features. {out}: report.json (the table), report.png (its curves), comparison.png (samples side by side)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 def main(argv=None):
-    title, _, examples = __doc__.split("\n\n")[:3]
-    parser = argparse.ArgumentParser(description=title, epilog=examples, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("samples", help="folder, .npz or statistics; or the word stats, to measure REFERENCE for later")
     add("reference", help="folder, .npz or statistics")

@@ -193,24 +193,26 @@ def drift(s, data, samples, temperature):
         return mean_around(data) - mean_around(samples)
 
 
-def drift_loss(student, x, y, noise, with_gradient, temperature=0.05):
-    """E8: mean of |s - stopgrad(s + V / |V|)|^2 over one-step samples s = e - u(e, 1, y, 0), after arXiv 2606.15553.
+def drift_loss(student, x, y, noise, with_grad, temperature=0.05, reencode=None):
+    """E8: mean of |s - stopgrad(E(D(s)) + V / |V|)|^2 over one-step samples s = e - u(e, 1, y, 0).
 
     A row is a class: labels y (B,), noise (B, M, ...) of M samples, and M data latents x (B, M, ...). The first samples
-    of each row, with_gradient in number, are moved; the others only push them. |V| is the root mean square over a
-    latent, so the loss stays at 1. Returns (loss, metrics); metrics["mse"] is the mean of V^2, which falls.
+    of each row, with_grad in number, are moved; the others only push them. |V| is the root mean square over a
+    latent. reencode: z (N, ...) -> E(D(z)), the latents of the image that z decodes to; None: z itself, as in the
+    source, arXiv 2606.15553. Returns (loss, metrics); metrics["mse"] is the mean of V^2, which falls.
     """
     def one_step(e):
         z = e.flatten(0, 1)                                                                     # (B n, ...)
         t = torch.ones(len(z)).to(z)
         u = student(z, t, y.repeat_interleave(e.shape[1]), torch.zeros_like(t))
         return (z - u.to(z.dtype)).view(*e.shape[:2], -1)                                       # (B, n, D)
-    s = one_step(noise[:, :with_gradient])                                                      # (B, n, D)
+    s = one_step(noise[:, :with_grad])                                                          # (B, n, D)
     with torch.no_grad():
-        samples = torch.cat([s, one_step(noise[:, with_gradient:])], 1)                         # (B, M, D)
+        samples = torch.cat([s, one_step(noise[:, with_grad:])], 1)                             # (B, M, D)
+        seen = reencode(s.view(-1, *noise.shape[2:])).reshape(s.shape).to(s) if reencode else s     # (B, n, D)
     V = drift(s.detach(), x.flatten(2), samples, temperature)                                   # (B, n, D)
     length = V.square().mean(2, keepdim=True).sqrt().clamp(min=1e-9)                            # (B, n, 1)
-    return (s - (s + V / length).detach()).square().mean(), {"mse": V.square().mean()}
+    return (s - (seen + V / length).detach()).square().mean(), {"mse": V.square().mean()}
 
 
 @torch.no_grad()
@@ -312,7 +314,7 @@ def demo():
     mid = lambda u: mid_training_loss(u, teacher, torch.randn(64, 2), y[:64], alpha=1, num_pairs=8)
     distill = lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1, teacher=teacher)
     bootstrap = lambda u: mean_flow_loss(u, checkerboard(64, 8), y[:64], alpha=1)
-    drift = lambda u: drift_loss(u, checkerboard(1, 256), y[:1], torch.randn(1, 256, 2), with_gradient=64)
+    drift = lambda u: drift_loss(u, checkerboard(1, 256), y[:1], torch.randn(1, 256, 2), with_grad=64)
     stages = {"mid": (mid, 2000, 3e-3), "distill": (distill, 600, 2e-4), "bootstrap": (bootstrap, 200, 1e-4),
               "drift": (drift, 2000, 1e-3)}
     student = teacher

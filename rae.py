@@ -164,6 +164,10 @@ class RAE(nn.Module):
         z = z if self.var is None else z * (self.var + 1e-5).sqrt()
         return self.decoder(z if self.mean is None else z + self.mean)
 
+    def reencode(self, z):
+        """Latents (B, C, G, G) -> those of the images that they decode to: without what the decoder does not draw."""
+        return self.encode(self.decode(z).clamp(0, 1))
+
     def fetch_encoder(self, weights=None):
         """Load the public encoder. Only who encodes needs it; sampling and stage mid do not. -> self"""
         if self.encoder is None:

@@ -17,7 +17,6 @@ import os
 import sys
 import zipfile
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +89,9 @@ def save_walk(student, teacher, rae, alpha, labels, path, seed=0, steps=25):
     """A moving picture: the student's one step above the teacher's walk from the same noise, a label a column."""
     noise = noise_of(seed, range(len(labels)), rae.latent_shape).to(labels.device)              # (B, C, G, G)
     walk, _ = meanflow.solve_flow(teacher, noise, labels, steps, alpha)                         # (1 + steps, B, ...)
-    walked = [to_uint8(rae.decode(z)).cpu() for z in walk]                                      # each (B, 3, S, S)
     drawn, frames = torch.cat([x for _, x in make_images(student, rae, alpha, labels, 1, seed)]), []
-    for step, images in enumerate(walked):
+    for step, z in enumerate(walk):
+        images = to_uint8(rae.decode(z)).cpu()                                                  # (B, 3, S, S)
         titles = f"student: {min(step, 1)} of 1 step", f"teacher: {step} of {steps} steps"
         frames.append(draw_grid(torch.cat([drawn if step else images, images]), len(labels), titles))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[*steps * [120], 3000], loop=0)
@@ -122,7 +121,7 @@ def newest_checkpoint(path):
     return path, {}
 
 
-def load_all(path, rae=None, weights=None):
+def load_all(path, rae=None, weights=None, device="cpu"):
     """-> (network, RAE, time shift alpha, names of the classes). Published weights hold the network alone."""
     network, content = load_network(path)
     channels, grid, classes = (network.config[key] for key in ("in_channels", "input_size", "num_classes"))
@@ -130,12 +129,14 @@ def load_all(path, rae=None, weights=None):
     if rae.latent_shape != (channels, grid, grid):
         raise SystemExit(f"{path}: latents {(channels, grid, grid)}, its RAE's {rae.latent_shape}; give another --rae")
     names = content.get("classes") or (class_names() if classes == 1000 else [str(i) for i in range(classes)])
-    return network, rae, content.get("alpha") or meanflow.alpha_of(channels, grid), names
+    return network.to(device), rae.to(device), content.get("alpha") or meanflow.alpha_of(channels, grid), names
 
 
 def release(path, out):
     """Write what sampling needs of a checkpoint, in half precision: a sixth of the file."""
     content = load_file(path)
+    if "rae" not in content or "network" not in content or os.path.exists(out):
+        raise SystemExit(f"--release {out}: needs a new name, and a --ckpt of a stage after rae")
     half = lambda state: {name: value.half() for name, value in state.items() if not name.startswith("encoder.")}
     content |= dict(ema=half(content["ema"]), rae=content["rae"] | dict(state=half(content["rae"]["state"])))
     torch.save({name: content[name] for name in ("stage", "step", "network", "classes", "alpha", "ema", "rae")}, out)
@@ -202,8 +203,7 @@ def start_processes(device=None):
 
 
 def main():
-    title, _, examples = __doc__.split("\n\n")[:3]
-    parser = argparse.ArgumentParser(description=title, epilog=examples, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint of any stage after rae, or published DiTDH weights")
     add("--rae", metavar="CKPT", help="another RAE (default: that of --ckpt, or the published one)")
@@ -219,27 +219,27 @@ def main():
     add("--batch_size", type=int, default=64, help="images at a time (default 64)")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     args = parser.parse_args()
-    if min(args.num, args.batch_size, args.steps or 1) < 1 or args.seed < 0:
-        raise SystemExit("--num, --batch_size, --steps: at least 1; --seed: at least 0")
     if args.release:
         return release(args.ckpt, args.release)
     rank, world, device = start_processes(args.device)
-    network, rae, alpha, names = load_all(args.ckpt, args.rae, args.weights)
-    network, rae = network.to(device), rae.to(device)
+    network, rae, alpha, names = load_all(args.ckpt, args.rae, args.weights, device)
     classes = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
     labels = torch.from_numpy(np.resize(classes, args.num))                                     # (num,), in turn
     if args.teacher:
         teacher = load_network(args.teacher)[0].to(device)
         if teacher.average_velocity or not network.average_velocity:
             raise SystemExit(f"--teacher {args.teacher}: give a checkpoint of flow; to --ckpt, a later stage's")
-        return save_walk(network, teacher, rae, alpha, labels.to(device), args.out or "walk.gif", args.seed)
-    make = partial(make_images, network, rae, alpha, labels, args.steps, args.seed, args.batch_size)
-    out = args.out or (args.npz.with_suffix("") if args.npz else Path(args.ckpt).with_suffix(".samples.png"))
-    if args.npz and (out.suffix == ".png" or not args.npz.absolute().parent.is_dir()):
+    asked = network, rae, alpha, labels, args.steps, args.seed, args.batch_size
+    suffix = ".walk.gif" if args.teacher else ".samples.png"
+    out = args.out or (args.npz.with_suffix("") if args.npz else Path(args.ckpt).with_suffix(suffix))
+    if args.npz and (out.suffix == ".png" or args.teacher or not args.npz.absolute().parent.is_dir()):
         raise SystemExit(f"--npz {args.npz}: needs a folder that exists, and an --out that is a folder")
-    (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
+    (out.parent if out.suffix in (".png", ".gif") else out).mkdir(parents=True, exist_ok=True)
+    if args.teacher:
+        save_walk(network, teacher, rae, alpha, labels.to(device), out, args.seed)
+        return print0(f"{out}: the student's step and the teacher's walk")
     if out.suffix == ".png":
-        images = torch.cat([images for _, images in tqdm(make(), total=-(-args.num // args.batch_size))])
+        images = torch.cat([images for _, images in tqdm(make_images(*asked), total=-(-args.num // args.batch_size))])
         draw_grid(images, len(classes) if 4 <= len(classes) <= 12 else 8).save(out)             # a class a column
         return print0(f"{out}: {args.num} images")
 
@@ -254,7 +254,7 @@ def main():
         raise SystemExit(f"--out {out}: holds images of other settings; give another folder, or remove it")
     files = [out / f"{i:06d}_{label}.png" for i, label in enumerate(labels.tolist())]
     todo = [i for i in range(rank, args.num, world) if not files[i].exists()]
-    for numbers, images in tqdm(make(todo), total=-(-len(todo) // args.batch_size), disable=rank > 0):
+    for numbers, images in tqdm(make_images(*asked, todo), total=-(-len(todo) // args.batch_size), disable=rank > 0):
         for i, image in zip(numbers, images):
             temporary = files[i].with_suffix(".tmp")                # a file gets its name when it is whole
             to_pil_image(image).save(temporary, "PNG", compress_level=1)

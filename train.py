@@ -63,7 +63,7 @@ TABLE = {
                         adaptive_p=1.0, derivative="jvp", guidance_scale=1.0, guidance_model="none"),
         "bootstrap": dict(steps=10_000, batch_size=256, lr=1e-4, ema=0.9999, class_dropout=0.1,
                           ratio_r_not_equal_t=0.25, adaptive_p=1.0, derivative="jvp"),
-        "drift": dict(steps=10_000, batch_size=32, samples=256, with_gradient=64, lr=3e-5, lr_end=3e-7, ema=0.9995,
+        "drift": dict(steps=10_000, batch_size=32, samples=256, with_grad=64, lr=3e-5, lr_end=3e-7, ema=0.9995,
                       class_dropout=0.0, temperature=0.05),  # not the paper's: of arXiv 2606.15553, not tried at 256
     },
     "paper 512": {"mid": dict(num_pairs=8), "distill": dict(steps=20_000, batch_size=128, ema=0.9995),
@@ -75,7 +75,7 @@ TABLE = {
         "mid": dict(steps=300, num_pairs=8, lr=1.5e-3, lr_end=2e-4, warmup=0.02, decay_from=0.4, ema=0.99),
         "distill": dict(steps=600, batch_size=64, lr=3e-4, lr_end=5e-5, decay_from=0.5, ema=0.99, adaptive_p=0.0),
         "bootstrap": dict(steps=120, batch_size=64, lr=5e-5, ema=0.99, adaptive_p=0.0),
-        "drift": dict(steps=120, batch_size=10, samples=192, with_gradient=24, lr=1e-3, lr_end=1e-5, ema=0.98),
+        "drift": dict(steps=180, batch_size=10, samples=192, with_grad=24, lr=1e-3, lr_end=1e-5, ema=0.98),
     },
     "best 256": dict.fromkeys(("mid", "distill"), dict(guidance_model="published", guidance_scale=1.42)),
     "best 512": dict.fromkeys(("mid", "distill"), dict(guidance_model="published", guidance_scale=1.5)),
@@ -303,7 +303,7 @@ def train(stage, args, c, data, stop):
                     loss, metrics = mean_flow_loss(net, x, y, alpha, teacher, t=d["t"], r=d["r"], noise=d["noise"],
                                                    adaptive_p=c["adaptive_p"], du_dt=du_dt)
                 elif stage == "drift":
-                    loss, metrics = drift_loss(net, x, y, d["noise"], c["with_gradient"], c["temperature"])
+                    loss, metrics = drift_loss(net, x, y, d["noise"], c["with_grad"], c["temperature"], rae.reencode)
             (loss * loss_weight).backward()
             for name, value in dict(loss=loss.detach(), **metrics).items():
                 totals[name] = totals.get(name, 0) + value * loss_weight
@@ -331,7 +331,7 @@ def train(stage, args, c, data, stop):
             used.zero_grad()
         step, taken = step + 1, time.perf_counter() - clock
         seconds += taken
-        speed = float(f"{c['batch_size'] * c.get('num_pairs', c.get('with_gradient', 1)) / taken:.3g}")
+        speed = float(f"{c['batch_size'] * c.get('num_pairs', c.get('with_grad', 1)) / taken:.3g}")
         line |= dict(images_per_s=speed, skipped=skipped, seconds=round(seconds, 2))
         write(line | dict(peak_GiB=round(torch.cuda.max_memory_allocated() / 2**30, 2)))
         bar.set_postfix_str(f"loss {line['loss']:.4g}, grad_norm {line['grad_norm']:.3g}, images/s {speed:g}", False)
@@ -538,9 +538,8 @@ def make_toy_images(num, seed):
 # Command line
 
 def parse_arguments():
-    title, _, stages, examples, writes = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(usage="train.py --toy, or --stage NAME ...", description=f"{title}\n\n{stages}",
-                                     epilog=f"{examples}\n\n{writes}", formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(usage="train.py --toy, or --stage NAME ...", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     add, file = parser.add_argument, dict(type=os.path.normpath, metavar="CKPT")
     add("--stage", choices=TABLE["paper 256"], help="one stage (default with --toy: all in turn, then a report)")
     add("--toy", action="store_true", help="small networks, 32 x 32 images, a CPU")
@@ -596,6 +595,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    shutil.rmtree(args.out / "dry_run", ignore_errors=True)         # of a dry run that failed
     rank, world, device = args.where = start_processes(args.device)
     torch.backends.cuda.enable_flash_sdp(device != "cpu")           # despite its name also the CPU's, which is slow
     fast = device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -625,13 +625,13 @@ def main():
         try:
             train(stage, args, c, None if stage == "mid" else data, stop)
         except torch.OutOfMemoryError:
-            fits = f"--memory --stage {stage} --model {args.model} --resolution {args.resolution}"
-            raise SystemExit(f"{stage}: out of memory; `python test_all.py {fits}` tells which --micro_batch fits")
+            this = f"--stage {stage} --model {args.model} --resolution {args.resolution} --precision {args.precision}"
+            raise SystemExit(f"{stage}: out of memory; `python test_all.py --memory {this}` tells what fits")
     if world > 1:
         dist.destroy_process_group()                                # the report is made by one process
     if reporting and rank == 0 and not stop:
         paths = args.report or [args.save_to / f"{stage}.pt" for stage in args.stages[1:]]
-        fid.report([Path(path) for path in paths], data, held_out, args.save_to, device, small=args.dry_run)
+        fid.report(paths, data, held_out, args.save_to, device, 300 if args.dry_run else 5000 if args.report else 1000)
     if args.dry_run and rank == 0:
         shutil.rmtree(args.save_to)
 
