@@ -194,12 +194,14 @@ def drift(s, data, samples, temperature):
 
 
 def drift_loss(student, x, y, noise, with_grad, temperature=0.05, reencode=None):
-    """E8: mean of |s - stopgrad(E(D(s)) + V / |V|)|^2 over one-step samples s = e - u(e, 1, y, 0).
+    """E8: mean of |s - stopgrad(s + V / |V| + c (E(D(s)) - s))|^2 over one-step samples s = e - u(e, 1, y, 0).
 
     A row is a class: labels y (B,), noise (B, M, ...) of M samples, and M data latents x (B, M, ...). The first samples
-    of each row, with_grad in number, are moved; the others only push them. |V| is the root mean square over a
-    latent. reencode: z (N, ...) -> E(D(z)), the latents of the image that z decodes to; None: z itself, as in the
-    source, arXiv 2606.15553. Returns (loss, metrics); metrics["mse"] is the mean of V^2, which falls.
+    of each row, with_grad in number, are moved; the others only push them. |V| is the root mean square over a latent.
+
+    reencode: z (N, ...) -> E(D(z)), the latents of the image that z decodes to. c = max(0, 1 - |E(D(x)) - x| /
+    |E(D(s)) - s|) of a row: samples lose what data do not have. None: c = 0, as in the source, arXiv 2606.15553.
+    Returns (loss, metrics); metrics["mse"] is the mean of V^2, which falls.
     """
     def one_step(e):
         z = e.flatten(0, 1)                                                                     # (B n, ...)
@@ -208,11 +210,16 @@ def drift_loss(student, x, y, noise, with_grad, temperature=0.05, reencode=None)
         return (z - u.to(z.dtype)).view(*e.shape[:2], -1)                                       # (B, n, D)
     s = one_step(noise[:, :with_grad])                                                          # (B, n, D)
     with torch.no_grad():
-        samples = torch.cat([s, one_step(noise[:, with_grad:])], 1)                             # (B, M, D)
-        seen = reencode(s.view(-1, *noise.shape[2:])).reshape(s.shape).to(s) if reencode else s     # (B, n, D)
-    V = drift(s.detach(), x.flatten(2), samples, temperature)                                   # (B, n, D)
-    length = V.square().mean(2, keepdim=True).sqrt().clamp(min=1e-9)                            # (B, n, 1)
-    return (s - (seen + V / length).detach()).square().mean(), {"mse": V.square().mean()}
+        samples, data = torch.cat([s, one_step(noise[:, with_grad:])], 1), x.flatten(2)         # 2 x (B, M, D)
+        V = drift(s, data, samples, temperature)                                                # (B, n, D)
+        move = V / V.square().mean(2, keepdim=True).sqrt().clamp(min=1e-9)                      # (B, n, D)
+        if reencode:
+            error, usual = (reencode(z.reshape(-1, *x.shape[2:])).reshape(z.shape).to(z) - z    # 2 x (B, n, D)
+                            for z in (s, data[:, :with_grad]))
+            c = 1 - (usual.square().sum((1, 2)) / error.square().sum((1, 2))).sqrt()            # (B,)
+            move += expand(c.clamp(min=0), move) * error
+        target = s + move                                                                    # (B, n, D)
+    return (s - target).square().mean(), {"mse": V.square().mean()}
 
 
 @torch.no_grad()
