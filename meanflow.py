@@ -1,4 +1,4 @@
-"""The mathematics: flow matching, mid-training, MeanFlow distillation and training, the ODE solver and the sampler.
+"""The mathematics: flow matching, mid-training, MeanFlow distillation and training, guidance, drifting, the samplers.
 
 Paper: arXiv 2511.13019 (the stages), after MeanFlow, arXiv 2505.13447 (E5), and flow matching, arXiv 2210.02747 (E2).
 The numbers E1 to E8 are this file's own. Models are callables: nothing here knows what an image or a network is.
@@ -11,6 +11,7 @@ The direction, everywhere:  t = 1 is noise, t = 0 is data, and r <= t.
     z_t = (1 - t) x + t e                   the latent at time t
     v(z, t, y) = dz/dt, on average e - x    velocity: the teacher's output
     u(z, t, y, r) = (z_t - z_r) / (t - r)   average velocity on [r, t]: the student's output; u(z, t, y, t) = v(z, t, y)
+                                            z_r: where the solution of dz/dt = v through z_t is at time r
     x = z_1 - u(z_1, 1, y, 0)               one step from noise to data
 """
 import torch
@@ -25,8 +26,8 @@ def expand(t, z):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stage "flow": times and the teacher. More latent dimensions need more noise to hide the same image, so all times are
-# pushed towards 1 (noise).
+# Stage "flow": times and the teacher. More latent dimensions need more noise to hide the same image, so times are
+# pushed towards 1 (noise); the student samples at equal ones.
 
 def shift_time(t, alpha):
     """E1: t' = alpha t / (1 + (alpha - 1) t)."""
@@ -196,8 +197,8 @@ def drift(s, data, samples, temperature):
 def drift_loss(student, x, y, noise, with_grad, temperature=0.05, reencode=None):
     """E8: mean of |s - stopgrad(s + V / |V| + c (E(D(s)) - s))|^2 over one-step samples s = e - u(e, 1, y, 0).
 
-    A row is a class: labels y (B,), noise (B, M, ...) of M samples, and M data latents x (B, M, ...). The first samples
-    of each row, with_grad in number, are moved; the others only push them. |V| is the root mean square over a latent.
+    A row is a class: labels y (B,), noise (B, M, ...) of M samples, and M data latents x (B, M, ...). Of each row the
+    first with_grad < M samples are moved; the others only push them. |V| is the root mean square over a latent.
 
     reencode: z (N, ...) -> E(D(z)), the latents of the image that z decodes to. c = max(0, 1 - |E(D(x)) - x| /
     |E(D(s)) - s|) of a row: samples lose what data do not have. None: c = 0, as in the source, arXiv 2606.15553.
