@@ -1144,8 +1144,7 @@ def test_every_stage_writes_checkpoint_log_and_picture(trained):
         assert any(not torch.equal(v, content["model"][k]) for k, v in content["ema"].items())
         assert content["rae"]["state"]["var"].shape == (96, 4, 4) and len(content["classes"]) == 3
 
-class Stopped(Exception):
-    """Ends a run at a moment of a test's choice."""
+Stopped = type("Stopped", (Exception,), {})                 # ends a run at a moment of a test's choice
 
 def stop_after_saving(monkeypatch, step):
     """The run ends as soon as the checkpoint of a step has its name."""
@@ -1599,8 +1598,9 @@ def memory(args):
         n = 1 if stage in ("mid", "drift") else 4                                               # r < t in each fourth
         first, second = (predicted_bytes(args, stage, size) / 2**30 for size in (n, 2 * n))
         more = (second - first) / n
-        batch = (PAPER["paper 256"][stage] | PAPER[f"paper {args.resolution}"].get(stage, {}))["batch_size"]
-        largest = [min(batch, max(0, int(n + (size - 2 - first) / more))) for size in (24, 40, 80, 141)]
+        c = PAPER["paper 256"][stage] | PAPER.get(f"paper {args.resolution}", {}).get(stage, {})
+        draws = c["batch_size"] * c.get("samples", 1) * 768 * (args.resolution / 16) ** 2 * 4 / 2**30   # all noise
+        largest = [min(c["batch_size"], max(0, int(n + (gb - 2 - draws - first) / more))) for gb in (24, 40, 80, 141)]
         print(f"{stage:10} {first - (n - 1) * more:10.2f} {more:13.3f}   {largest}", flush=True)
 
 def bench(args):

@@ -169,7 +169,7 @@ def train(stage, args, c, data, stop):
     parts |= dict(discriminator=adversary.heads, d_optimizer=adversary.optimizer) if adversary else {}
     for name in parts if state else ():
         parts[name].load_state_dict(state[name])
-    bf16, kind = c["precision"] == "bf16", torch.device(device).type    # casts without a graph are not used with one:
+    bf16, kind = c["precision"] == "bf16", torch.device(device).type    # no cache: casts under no_grad have no graph
     autocast = partial(torch.autocast, kind, torch.bfloat16, bf16, cache_enabled=False)
     frozen = teacher, guide, perceptual, adversary and adversary.discriminator.net, not args.toy and rae.encoder
     for weight in (w for network in frozen if network for w in network.parameters()) if bf16 else ():
@@ -270,7 +270,7 @@ def train(stage, args, c, data, stop):
             break
 
         # One step: draws, and for each micro-batch a loss and its gradient.
-        clock, totals = time.perf_counter(), {}
+        clock, totals, draws, d = time.perf_counter(), {}, None, None       # else draws were twice in memory
         draws = draw_step(stage, c, step, rae.latent_shape, len(classes), alpha, device)
         use_gan = adversary and step >= int(c["gan_from"] * c["steps"])
         train_discriminator = adversary and step >= int(c["discriminator_from"] * c["steps"])
@@ -283,7 +283,7 @@ def train(stage, args, c, data, stop):
             if world > 1:                                           # DDP averages gradients with the last micro-batch
                 ddp.require_backward_grad_sync = row == micro_starts[-1]
             with autocast():
-                if data and not encoded:                            # images or latents; of drift, M of a class in a row
+                if data and not encoded:                            # uint8 images; of drift, M of a class in a row
                     x = x / 255 if stage == "rae" else rae.encode(x.flatten(0, -4) / 255).unflatten(0, x.shape[:-3])
                 if stage == "rae" and args.toy:
                     loss, metrics = net(x, y, d["noise"])
