@@ -416,15 +416,13 @@ def test_drift_loss_has_the_drift_as_its_gradient_and_keeps_classes_apart():
     def student(e, t, y, r):
         calls.append((torch.is_grad_enabled(), y.tolist(), t.unique().tolist(), r.unique().tolist()))
         return e / 2 - (shift if torch.is_grad_enabled() else 0)                                # s = e / 2 + shift
-    reencode = lambda z: torch.where(torch.isin(z, x), 0.95, 0.8) * z
-    loss, metrics = meanflow.drift_loss(student, x, y, noise, with_grad=2, reencode=reencode)
+    loss, metrics = meanflow.drift_loss(student, x, y, noise, with_grad=2, reencode=lambda z: 0.8 * z.flip(1))
     loss.backward()
     assert calls == [(True, [0, 0, 1, 1], [1], [0]), (False, [0] * 4 + [1] * 4, [1], [0])]
     samples = (noise / 2).flatten(2)                                                            # (B, M, D)
     V = meanflow.drift(samples[:, :2], x.flatten(2), samples, 0.05)
     unit, s = V / V.square().mean(2, keepdim=True).sqrt(), noise[:, :2] / 2
-    c = 1 - 0.05 * x[:, :2].flatten(1).norm(dim=1) / (0.2 * s.flatten(1).norm(dim=1))           # positive here
-    expected = -2 * (unit.view(s.shape) - c.view(2, 1, 1, 1, 1) * 0.2 * s) / s.numel()
+    expected = -2 * (unit.view(s.shape) + 0.8 * s.flip(2) - s) / s.numel()
     assert relative(shift.grad, expected.reshape(4, 2, 2, 2)) < 1e-5
     assert torch.isclose(metrics["mse"], V.square().mean())
     assert meanflow.drift_loss(student, x, y, noise, with_grad=2)[0].item() == pytest.approx(1, rel=1e-4)
@@ -1565,8 +1563,7 @@ def bench_step(args, stage, encoder, adversary=None, perceptual=None):
         mid=lambda: meanflow.mid_training_loss(net, teacher, noise, y, 6.93, pairs=pairs),
         distill=lambda: meanflow.mean_flow_loss(net, x, y, 6.93, teacher, t=t, r=r, noise=noise, du_dt=du_dt),
         bootstrap=lambda: meanflow.mean_flow_loss(net, x, y, 6.93, t=t, r=r, noise=noise, du_dt=du_dt),
-        drift=lambda: meanflow.drift_loss(net, many[0], y, many[1], c["with_grad"], 0.05,
-                                          rae.RAE(encoder, kept[1]).reencode))
+        drift=lambda: meanflow.drift_loss(net, many[0], y, many[1], c["with_grad"]))
     def step(micro_batches=1, kept=kept):
         for _ in range(micro_batches):
             with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.precision == "bf16", False):

@@ -64,7 +64,7 @@ TABLE = {
         "bootstrap": dict(steps=10_000, batch_size=256, lr=1e-4, ema=0.9999, class_dropout=0.1,
                           ratio_r_not_equal_t=0.25, adaptive_p=1.0, derivative="jvp"),
         "drift": dict(steps=10_000, batch_size=32, samples=256, with_grad=64, lr=3e-5, lr_end=3e-7, ema=0.9995,
-                      class_dropout=0.0, temperature=0.05),  # not the paper's: of arXiv 2606.15553, not tried at 256
+                      class_dropout=0.0, reencode=False),  # not the paper's: of arXiv 2606.15553, not tried at 256
     },
     "paper 512": {"mid": dict(num_pairs=8), "distill": dict(steps=20_000, batch_size=128, ema=0.9995),
                   "bootstrap": dict(batch_size=128, ema=0.9995)},
@@ -79,7 +79,7 @@ TABLE = {
     },
     "best 256": dict.fromkeys(("mid", "distill"), dict(guidance_model="published", guidance_scale=1.42)),
     "best 512": dict.fromkeys(("mid", "distill"), dict(guidance_model="published", guidance_scale=1.5)),
-    "best toy": dict.fromkeys(("mid", "distill"), dict(guidance_scale=2.0)),
+    "best toy": dict.fromkeys(("mid", "distill"), dict(guidance_scale=2.0)) | {"drift": dict(reencode=True)},
 }
 STAGES = dict(paper=("rae", "flow", "mid", "distill", "bootstrap"), best=("rae", "flow", "mid", "drift"))
 STARTS_FROM = dict(mid="flow", distill="mid", bootstrap="distill", drift="flow")
@@ -303,7 +303,7 @@ def train(stage, args, c, data, stop):
                     loss, metrics = mean_flow_loss(net, x, y, alpha, teacher, t=d["t"], r=d["r"], noise=d["noise"],
                                                    adaptive_p=c["adaptive_p"], du_dt=du_dt)
                 elif stage == "drift":
-                    loss, metrics = drift_loss(net, x, y, d["noise"], c["with_grad"], c["temperature"], rae.reencode)
+                    loss, metrics = drift_loss(net, x, y, d["noise"], c["with_grad"], c["reencode"] and rae.reencode)
             (loss * loss_weight).backward()
             for name, value in dict(loss=loss.detach(), **metrics).items():
                 totals[name] = totals.get(name, 0) + value * loss_weight
@@ -346,7 +346,7 @@ def settings(stage, args, world=1):
     size = "toy" if args.toy else "512" if args.resolution >= 512 else "256"
     row = lambda column: TABLE[column].get(stage, {})
     c = row("paper 256") | row(f"paper {size}") | row(f"{args.recipe} {size}")
-    c["steps"] *= 4 if args.toy and args.data else 1    # photographs are harder than drawings
+    c |= dict(steps=4 * c["steps"], reencode=False) if args.toy and args.data else {}   # photographs are harder
     given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if args.stage and given.keys() - c.keys():
         raise SystemExit(f"--{min(given.keys() - c.keys())}: stage {stage} has no such setting; it has {', '.join(c)}")
