@@ -133,6 +133,7 @@ def test_dit_initial_weights():
             assert uniform(layer.weight, (6 / sum(layer.weight.shape[:2])) ** 0.5) and not layer.bias.any(), name
     for layer in (net.y_embedder.embedding_table, net.t_embedder.mlp[0], net.t_embedder.mlp[2]):
         assert 0.019 < layer.weight.std() < 0.021 and layer.weight.abs().max() > 0.05           # normal
+    assert 0.8 < net.t_embedder.W.std() < 1.2 and net.r_embedder.W.min() < -1                   # standard normal
     assert not net(torch.randn(2, 48, 4, 4), torch.rand(2), torch.arange(2), torch.zeros(2)).any()
 
 def test_student_starts_as_its_teacher_and_every_weight_learns():
@@ -1047,6 +1048,7 @@ def assert_equal_runs(out, straight, stage):
 def test_toy_images():
     images, labels = train.make_toy_images(40, seed=3)
     assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8 and labels.tolist() == list(range(10)) * 4
+    assert all(len(np.unique(image.reshape(-1, 3), axis=0)) >= 8 for image in images)           # anti-aliased edges
     few, other = train.make_toy_images(10, seed=3)[0], train.make_toy_images(10, seed=4)[0]
     assert np.array_equal(images[:10], few) and not np.array_equal(few, other)
 
@@ -1074,6 +1076,7 @@ def test_samples_are_functions_of_seed_stage_and_number(photographs):
     assert of("flow", (950, 3, 420))[1:] == of("flow", (3, 420))
     epochs = [[int(x) for x, _ in of("flow", range(100 * e, 100 * e + 100))] for e in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(100)) and epochs[0] != epochs[1] != list(range(100))
+    assert epochs[0] != [int(x) for x, _ in of("mid", range(100))]
     of_class = train.Samples(tensors(100), "abcdefghij", (1, "drift"), 30)                      # 30 images of a class
     drawn, again = ([of_class[n] for n in numbers] for numbers in (range(20), range(19, -1, -1)))
     assert all(x.shape == (30, 1) and (x % 10 == label).all() for x, label in drawn)
