@@ -362,6 +362,8 @@ def report(paths, data, held_out, out, device, num):
     (out / "report.json").write_text(json.dumps(rows, indent=1))
     save_chart(rows[2:], out / "report.png")
     titles = [title for title in shown if not title.endswith((", 2 steps", ", 4 steps"))]
+    if len(titles) > 6:                                             # six rows are read at a glance
+        titles = [title for title in titles if not title.endswith("flow, 1 step")]
     draw_grid(torch.cat([shown[title] for title in titles]), len(columns), titles).save(out / "comparison.png")
     print(f"\nFD: Frechet distance of {num} samples to {len(real)} held-out ones. Precision, recall: of the encoder's\n"
           f"features. {out}: report.json (the table), report.png (its curves), comparison.png (samples side by side)")
