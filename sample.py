@@ -134,8 +134,7 @@ def load_all(path, rae=None, weights=None, device="cpu"):
 
 def release(path, out):
     """Write what sampling needs of a checkpoint, in half precision: a sixth of the file."""
-    content = load_file(path)
-    if "rae" not in content or "network" not in content or os.path.exists(out):
+    if os.path.exists(out) or not {"rae", "network"} <= (content := load_file(path)).keys():
         raise SystemExit(f"--release {out}: needs a new name, and a --ckpt of a stage after rae")
     half = lambda state: {name: value.half() for name, value in state.items() if not name.startswith("encoder.")}
     content |= dict(ema=half(content["ema"]), rae=content["rae"] | dict(state=half(content["rae"]["state"])))

@@ -1598,7 +1598,7 @@ def memory(args):
         n = 1 if stage in ("mid", "drift") else 4                                               # r < t in each fourth
         first, second = (predicted_bytes(args, stage, size) / 2**30 for size in (n, 2 * n))
         more = (second - first) / n
-        c = PAPER["paper 256"][stage] | PAPER.get(f"paper {args.resolution}", {}).get(stage, {})
+        c = PAPER["paper 256"][stage] | PAPER[f"paper {args.resolution}"].get(stage, {})
         draws = c["batch_size"] * c.get("samples", 1) * 768 * (args.resolution / 16) ** 2 * 4 / 2**30   # all noise
         largest = [min(c["batch_size"], max(0, int(n + (gb - 2 - draws - first) / more))) for gb in (24, 40, 80, 141)]
         print(f"{stage:10} {first - (n - 1) * more:10.2f} {more:13.3f}   {largest}", flush=True)

@@ -346,11 +346,11 @@ def settings(stage, args, world=1):
     size = "toy" if args.toy else "512" if args.resolution >= 512 else "256"
     row = lambda column: TABLE[column].get(stage, {})
     c = row("paper 256") | row(f"paper {size}") | row(f"{args.recipe} {size}")
-    c |= dict(steps=4 * c["steps"], reencode=False) if args.toy and args.data else {}   # photographs are harder
+    changed = dict(steps=4 * c["steps"], reencode=False) if args.toy and args.data else {}  # photographs are harder
     given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if args.stage and given.keys() - c.keys():
         raise SystemExit(f"--{min(given.keys() - c.keys())}: stage {stage} has no such setting; it has {', '.join(c)}")
-    c |= {name: value for name, value in given.items() if name in c}
+    c |= {name: value for name, value in (changed | given).items() if name in c}
     if c["batch_size"] % (world * (args.micro_batch or 1)):
         raise SystemExit(f"--batch_size {c['batch_size']} of {stage}: no multiple of {world} processes x --micro_batch")
     identity = ("toy", "resolution", "model", "seed", "precision", "encoder", "init", "teacher", "rae")
@@ -595,7 +595,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    shutil.rmtree(args.out / "dry_run", ignore_errors=True)         # of a dry run that failed
+    shutil.rmtree(args.out / "dry_run", ignore_errors=True) if args.dry_run else None   # of one that failed
     rank, world, device = args.where = start_processes(args.device)
     torch.backends.cuda.enable_flash_sdp(device != "cpu")           # despite its name also the CPU's, which is slow
     fast = device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
