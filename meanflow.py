@@ -44,9 +44,13 @@ def flow_matching_times(normal, alpha):
     return shift_time(normal.sigmoid(), alpha)
 
 
-def mean_flow_times(uniform, r_not_equal_t, alpha):
-    """Uniform numbers (2, B) -> (t, r): two shifted times in order. Where r_not_equal_t (B,) is False, r = t."""
+def mean_flow_times(uniform, r_not_equal_t, alpha, r_is_0=None):
+    """Uniform numbers (2, B) -> (t, r): two shifted times in order. Where r_not_equal_t (B,) is False, r = t.
+
+    Elsewhere r = 0 where r_is_0 (B,): jumps to data, as in one-step sampling. The paper has none.
+    """
     r, t = shift_time(uniform, alpha).sort(dim=0)[0]
+    r = r if r_is_0 is None else r.masked_fill(r_is_0, 0)
     return t, torch.where(r_not_equal_t, r, t)
 
 
@@ -211,7 +215,8 @@ def drift_loss(student, x, y, noise, with_grad, reencode=None, temperature=0.05)
         return (z - u.to(z.dtype)).view(*e.shape[:2], -1)                                       # (B, n, D)
     s = one_step(noise[:, :with_grad])                                                          # (B, n, D)
     with torch.no_grad():
-        samples = torch.cat([s, one_step(noise[:, with_grad:])], 1)                             # (B, M, D)
+        others = map(one_step, noise[:, with_grad:].split(with_grad, 1))        # in parts, for memory and caches
+        samples = torch.cat([s, *others], 1)                                                    # (B, M, D)
         V = drift(s, x.flatten(2), samples, temperature)                                        # (B, n, D)
         seen = reencode(s.view(-1, *x.shape[2:])).reshape(s.shape).to(s) if reencode else s     # (B, n, D)
         target = seen + V / V.square().mean(2, keepdim=True).sqrt().clamp(min=1e-9)             # (B, n, D)

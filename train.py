@@ -60,9 +60,9 @@ TABLE = {
         "mid": dict(steps=27_000, batch_size=8, num_pairs=64, lr=1e-4, ema=0.999, class_dropout=0.1, num_points=17,
                     solver="euler", guidance_scale=1.0, guidance_model="none"),
         "distill": dict(steps=180_000, batch_size=256, lr=1e-4, ema=0.9999, class_dropout=0.1, ratio_r_not_equal_t=0.25,
-                        adaptive_p=1.0, derivative="jvp", guidance_scale=1.0, guidance_model="none"),
+                        ratio_r_is_0=0.0, adaptive_p=1.0, derivative="jvp", guidance_scale=1.0, guidance_model="none"),
         "bootstrap": dict(steps=10_000, batch_size=256, lr=1e-4, ema=0.9999, class_dropout=0.1,
-                          ratio_r_not_equal_t=0.25, adaptive_p=1.0, derivative="jvp"),
+                          ratio_r_not_equal_t=0.25, ratio_r_is_0=0.0, adaptive_p=1.0, derivative="jvp"),
         "drift": dict(steps=10_000, batch_size=32, samples=256, with_grad=64, lr=3e-5, lr_end=3e-7, ema=0.9995,
                       class_dropout=0.0, reencode=False),  # not the paper's: of arXiv 2606.15553, not tried at 256
     },
@@ -94,6 +94,7 @@ FLAGS = dict(       # what is also a flag, and its meaning
     guidance_scale="mid, distill: of the teacher; 1: none",
     guidance_model="mid, distill: a weaker teacher's checkpoint, published, or none: classifier-free guidance",
     ratio_r_not_equal_t="distill, bootstrap: share of samples with r < t",
+    ratio_r_is_0="distill, bootstrap: of these, the share with r = 0",
     adaptive_p="distill, bootstrap: 1 is log L, 0 the squared error",
     derivative="distill, bootstrap: du/dt by jvp (exact) or fd (central difference)",
 )
@@ -135,7 +136,7 @@ def draw_step(stage, c, step, latent_shape, num_classes, alpha, device):
         draws["y"] = integer(num_classes, B)                                                    # (B,)
     elif stage in ("distill", "bootstrap"):                         # not random: r < t in each 4th row, if 0.25
         r_not_equal_t = (torch.arange(B + 1, device=device) * c["ratio_r_not_equal_t"]).floor().diff() > 0
-        draws["t"], draws["r"] = mean_flow_times(uniform(2, B), r_not_equal_t, alpha)           # 2 x (B,)
+        draws["t"], draws["r"] = mean_flow_times(uniform(2, B), r_not_equal_t, alpha, uniform(B) < c["ratio_r_is_0"])
     return draws
 
 
@@ -325,8 +326,7 @@ def train(stage, args, c, data, stop):
             skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
             print0(f"{stage}: step {step + 1} skipped, its loss or gradient is not finite: {line}")
         if skipped_in_a_row == 10:
-            bar.close()
-            raise SystemExit(f"{stage}: no finite gradient in ten steps; go on with a smaller --lr or --precision fp32")
+            raise SystemExit(f"\n{stage}: no finite gradient in ten steps; try a smaller --lr or --precision fp32")
         for used in (optimizer, adversary.optimizer) if adversary else (optimizer,):
             used.zero_grad()
         step, taken = step + 1, time.perf_counter() - clock
