@@ -44,14 +44,13 @@ def flow_matching_times(normal, alpha):
     return shift_time(normal.sigmoid(), alpha)
 
 
-def mean_flow_times(uniform, r_not_equal_t, alpha, r_is_0=None):
+def mean_flow_times(uniform, r_not_equal_t, alpha, r_not_0=1):
     """Uniform numbers (2, B) -> (t, r): two shifted times in order. Where r_not_equal_t (B,) is False, r = t.
 
-    Elsewhere r = 0 where r_is_0 (B,): jumps to data, as in one-step sampling. The paper has none.
+    Elsewhere, where r_not_0 (B,) is False, r = 0: a jump to data, as in one-step sampling. The paper has none.
     """
     r, t = shift_time(uniform, alpha).sort(dim=0)[0]
-    r = r if r_is_0 is None else r.masked_fill(r_is_0, 0)
-    return t, torch.where(r_not_equal_t, r, t)
+    return t, torch.where(r_not_equal_t, r * r_not_0, t)
 
 
 def flow_matching_loss(model, x, y, alpha, t=None, noise=None):

@@ -1010,7 +1010,6 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(photographs, tmp_path_factory):
-    """All five stages of the toy, four steps each: an OUT folder."""
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as monkeypatch:
         for stage in STAGES:
@@ -1064,7 +1063,6 @@ def test_the_papers_table_and_learning_rates():
     assert [rate(int(done * flow["steps"]), flow) for done in (0.525, 1)] == pytest.approx([1.1e-4, 2e-5], rel=1e-3)
     epochs = [rate(int(done * decoder["steps"] / 16) + 1, decoder) for done in (0, 1, 8.5, 16)] # warm-up, then cosine
     assert epochs == pytest.approx([1e-7, 2e-4, 1.1e-4, 2e-5], rel=1e-2, abs=1e-7)
-    assert rate(0, mid) == rate(26_999, mid) == 1e-4
 
 def tensors(count):
     data = torch.utils.data.TensorDataset(torch.arange(count).view(count, 1), torch.arange(count) % 10)
@@ -1175,7 +1173,7 @@ def test_resume_is_bitwise(stage, photographs, trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changed, refused", (
     (("--seed", 1), "seed 0, not 1"), (("--recipe", "paper"), "guidance_scale 2.0, not 1.0"),
-    (("--lr", 1e-5, "--steps", 5), None), (("--micro_batch", 2, "--steps", 5), None)))
+    (("--lr", 1e-5, "--micro_batch", 2, "--steps", 5), None)))
 def test_resume_refuses_settings_that_shape_the_run(changed, refused, photographs, trained, tmp_path, monkeypatch):
     copy_inputs(trained, tmp_path, *STAGES)
     command = ("--toy", "--out", tmp_path, "--stage", "mid", *TINY, *changed)                   # mid needs no --data
@@ -1187,7 +1185,6 @@ def test_resume_refuses_settings_that_shape_the_run(changed, refused, photograph
         assert dit.load_file(tmp_path / "mid.pt")["step"] == 5
 
 def test_mid_training_reads_and_encodes_no_image(trained, tmp_path, monkeypatch):
-    """The published code encodes images of which it uses only the shape."""
     copy_inputs(trained, tmp_path, "rae", "flow")
     for owner, name in ((train, "load_data"), (train, "Samples"), (rae.Encoder, "forward")):
         monkeypatch.setattr(owner, name, None)
@@ -1195,7 +1192,6 @@ def test_mid_training_reads_and_encodes_no_image(trained, tmp_path, monkeypatch)
     assert losses(tmp_path, "mid") == losses(trained, "mid")
 
 def test_labels_are_dropped_once_per_sample(photographs, trained, tmp_path, monkeypatch):
-    """The published code drops labels twice, the second time independently in each copy of the finite difference."""
     copy_inputs(trained, tmp_path, "rae", "flow", "mid")
     embed, seen = torch.nn.Embedding.forward, []
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, y: seen.append(y.tolist()) or embed(self, y))
@@ -1270,16 +1266,15 @@ def test_a_released_teacher_knows_imagenets_classes_by_name(photographs, trained
     copy_inputs(trained, tmp_path, "rae")
     for i, folder in enumerate(("n02099601", "n01440764", "n07753592")):                        # 207, 0 and 954
         shutil.copytree(photographs / str(i), tmp_path / "data" / folder)
-    released = ("--toy", "--out", tmp_path, "--teacher", tmp_path / "released.pt", *TINY)
-    in_process(monkeypatch, *released, "--stage", "mid")
+    file, of_mid = tmp_path / "released.pt", ("--toy", "--out", tmp_path, *TINY)
+    in_process(monkeypatch, *of_mid, "--stage", "mid", "--teacher", file)
     assert dit.load_file(tmp_path / "mid.pt")["classes"][207] == "golden retriever"
     seen, real = [], train.Samples.__getitem__
     monkeypatch.setattr(train.Samples, "__getitem__", lambda self, n: seen.append(real(self, n)) or seen[-1])
-    in_process(monkeypatch, *released, "--stage", "distill", "--data", tmp_path / "data")
+    in_process(monkeypatch, *of_mid, "--stage", "distill", "--teacher", file, "--data", tmp_path / "data")
     assert {int(label) for _, label in seen[-32:]} == {0, 207, 954}
     with pytest.raises(SystemExit, match="--data: '0' is no class of the network"):
-        in_process(monkeypatch, *released, "--stage", "distill", "--data", photographs, "--init", tmp_path / "mid.pt",
-                   "--out", tmp_path / "other")
+        in_process(monkeypatch, *of_mid, "--stage", "drift", "--data", photographs, "--init", file)
 
 @pytest.mark.parametrize("stage, derivative, callables", (
     ("distill", "jvp", 3), ("distill", "fd", 3), ("bootstrap", "jvp", 2), ("mid", None, 2)))
@@ -1305,8 +1300,10 @@ def test_scores_during_training_are_those_of_sample_and_fid(photographs, trained
     monkeypatch.setattr(train, "NUM_SCORED", 40)
     copy_inputs(trained, tmp_path, *STAGES[:3])
     np.savez(tmp_path / "ref.npz", train.make_toy_images(30, seed=2)[0])
-    in_process(monkeypatch, "--toy", "--data", photographs, "--out", tmp_path, "--stage", "distill", *TINY,
-               "--ref", tmp_path / "ref.npz", "--sample_every", 3)
+    command = ("--toy", "--data", photographs, "--out", tmp_path, "--stage", "distill", *TINY, "--sample_every", 3)
+    in_process(monkeypatch, *command, "--ref", tmp_path / "ref.npz")
+    (tmp_path / "distill.previous.pt").replace(tmp_path / "distill.pt")                         # as if killed after 3
+    in_process(monkeypatch, *command, "--ref", tmp_path / "ref.npz")
     scores = {line["step"]: line["scores"] for line in lines_of(tmp_path, "distill") if "scores" in line}
     assert [*scores] == [3, 4] and losses(tmp_path, "distill") == losses(trained, "distill")
     command = f"sample.py --ckpt {tmp_path}/distill.pt --num 40 --device cpu --npz {tmp_path}/made.npz"
@@ -1447,6 +1444,7 @@ def test_common_mistakes_end_in_one_line_before_any_work(photographs, trained, t
     monkeypatch.setattr(rae, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError()))
     (tmp_path / "empty").mkdir()
     toy, out = ("train.py", "--toy", "--out", tmp_path / "out"), ("--out", tmp_path / "out")
+    torch.save(dit.load_file(trained / "flow.pt") | dict(step=3), tmp_path / "empty" / "flow.pt")
     table = {
         ("train.py",): "give --stage, or --toy",
         (*toy, "--data", tmp_path / "nowhere"): "--data .*nowhere: no such file or folder",
@@ -1457,7 +1455,9 @@ def test_common_mistakes_end_in_one_line_before_any_work(photographs, trained, t
         (*toy, "--stage", "bootstrap", "--data", photographs, "--init", trained / "rae.pt"): "rae.pt: holds no",
         (*toy, "--stage", "rae", "--init", trained / "mid.pt"): "--init belongs to --stage flow",
         (*toy, "--stage", "flow", "--adaptive_p", "0"): "--adaptive_p: stage flow has no such setting",
-        (*toy, "--batch_size", "64", "--micro_batch", "7"): "--batch_size 64 of rae: no multiple of",
+        (*toy, "--stage", "mid", "--recipe", "paper", "--guidance_model", trained): "no effect at guidance scale 1",
+        ("train.py", "--toy", "--stage", "mid", "--out", tmp_path / "empty"): "flow.pt: stopped at step 3; finish it",
+        (*toy, "--micro_batch", "7"): "--batch_size 64 of rae: no multiple of",
         ("train.py", "--stage", "mid", *out): "stage2_model.pt: not in the cache.*--weights",
         ("train.py", "--stage", "mid", "--resolution", "64", *out): "--resolution 64: published weights are for",
         ("train.py", "--stage", "rae", "--data", photographs, "--encoder", "hf-hub:a/b", *out): "no model of timm",

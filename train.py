@@ -10,8 +10,7 @@ Paper: arXiv 2511.13019. The stages, and what each starts from, in the folder --
     drift      beyond the paper, from flow: one-step samples drift towards the data
 
     python train.py --toy                                    # all of it on a laptop CPU, on pictures it draws itself
-    python train.py --toy --data cifar10/train               # the same on folders of photographs, at 32 x 32
-    torchrun --nproc_per_node=8 train.py --stage mid         # ImageNet 256 as in the paper, from the published teacher
+    torchrun --nproc_per_node=8 train.py --stage mid --checkpointing --precision bf16   # ImageNet, published teacher
 
 Writes OUT/STAGE.pt, its log OUT/STAGE.jsonl and pictures. The same command again resumes.
 """
@@ -117,10 +116,7 @@ def learning_rate(step, c):
 # One stage, from top to bottom
 
 def draw_step(stage, c, step, latent_shape, num_classes, alpha, device):
-    """The random numbers of a step, a function of (seed, stage, step): {name: (B, ...)} for the whole global batch B.
-
-    Processes and micro-batches take rows of them. Which images a batch has, their crops and flips: Samples.
-    """
+    """The random numbers of a step, a function of (seed, stage, step): {name: (B, ...)}, B the whole global batch."""
     g, B = torch.Generator(device).manual_seed(seed_of(c["seed"], stage, step)), c["batch_size"]
     normal = lambda *shape: torch.randn(*shape, generator=g, device=device)
     uniform = lambda *shape: torch.rand(*shape, generator=g, device=device)
@@ -136,7 +132,7 @@ def draw_step(stage, c, step, latent_shape, num_classes, alpha, device):
         draws["y"] = integer(num_classes, B)                                                    # (B,)
     elif stage in ("distill", "bootstrap"):                         # not random: r < t in each 4th row, if 0.25
         r_not_equal_t = (torch.arange(B + 1, device=device) * c["ratio_r_not_equal_t"]).floor().diff() > 0
-        draws["t"], draws["r"] = mean_flow_times(uniform(2, B), r_not_equal_t, alpha, uniform(B) < c["ratio_r_is_0"])
+        draws["t"], draws["r"] = mean_flow_times(uniform(2, B), r_not_equal_t, alpha, uniform(B) >= c["ratio_r_is_0"])
     return draws
 
 
@@ -179,7 +175,7 @@ def train(stage, args, c, data, stop):
     # Callables: the losses call the network through DDP, which averages gradients; the derivative has none.
     net, du_dt = model, lambda z, t, r, y, v: total_derivative(model, z, t, r, y, v, c["derivative"])
     if world > 1:
-        how = dict(broadcast_buffers=False, gradient_as_bucket_view=True)       # no second copy of the gradients
+        how = dict(broadcast_buffers=False, gradient_as_bucket_view=True)       # one copy less of the gradients
         net = ddp = torch.nn.parallel.DistributedDataParallel(model, **how)
     if c.get("guidance_scale", 1) != 1:
         teacher = guided(teacher, c["guidance_scale"], len(classes), guide)
@@ -202,7 +198,6 @@ def train(stage, args, c, data, stop):
         numbers = (s * c["batch_size"] + row for s in range(start, c["steps"]) for row in micro_starts)
         batches = iter(samples.load(args, batch_sampler=(range(n, n + micro_batch) for n in numbers)))
 
-    # Log and checkpoint
     seconds, skipped, skipped_in_a_row = state.get("seconds", 0.0), state.get("skipped", 0), 0
     del state                                                       # else its file stays on the disk once replaced
     scorer = fid.Scorer(args.ref, "inception", args.weights, device, rank, world) if args.ref else None
@@ -259,10 +254,10 @@ def train(stage, args, c, data, stop):
                 mine = Samples(data, classes).load(args, batch_size=64, sampler=range(rank, len(data), world))
                 rae.measure(rae.encode(x.to(device) / 255) for x, _ in tqdm(mine, "statistics", disable=rank > 0))
                 save()
-            if (done or step and step % args.sample_every == 0) and not picture.exists():
+            if (done or step and step % args.sample_every == 0) and (step > start or not picture.exists()):
                 if scorer:
-                    labels, mine = torch.arange(NUM_SCORED) % len(classes), range(rank, NUM_SCORED, world)
-                    made = make_images(ema, rae, alpha, labels, seed=c["seed"], numbers=mine)
+                    labels, numbers = torch.arange(NUM_SCORED) % len(classes), torch.arange(NUM_SCORED).chunk(world)
+                    made = make_images(ema, rae, alpha, labels, seed=c["seed"], numbers=numbers[rank].tolist())
                     write(dict(scores=scorer(images for _, images in made)))
                 if rank == 0:
                     shown = [samples[n][0] for n in range(32)] if stage == "rae" else None
@@ -351,6 +346,8 @@ def settings(stage, args, world=1):
     if args.stage and given.keys() - c.keys():
         raise SystemExit(f"--{min(given.keys() - c.keys())}: stage {stage} has no such setting; it has {', '.join(c)}")
     c |= {name: value for name, value in (changed | given).items() if name in c}
+    if args.guidance_model and c.get("guidance_scale") == 1:
+        raise SystemExit("--guidance_model: has no effect at guidance scale 1; give --guidance_scale, such as 1.4")
     if c["batch_size"] % (world * (args.micro_batch or 1)):
         raise SystemExit(f"--batch_size {c['batch_size']} of {stage}: no multiple of {world} processes x --micro_batch")
     identity = ("toy", "resolution", "model", "seed", "precision", "encoder", "init", "teacher", "rae")
@@ -387,6 +384,8 @@ def build(stage, args, c, state, data):
     elif args.init != "none" and (args.init or stage in STARTS_FROM):
         path = args.init or args.out / f"{STARTS_FROM[stage]}.pt"
         start, content = load_network(path)
+    if not (state or args.init or args.teacher) and content.get("step", 0) < content.get("config", {}).get("steps", 0):
+        raise SystemExit(f"{path}: stopped at step {content['step']}; finish it, or give it with --init or --teacher")
     if start and stage != "flow" and not start.average_velocity:
         start = student_of(start)                   # in distill, without mid-training, it explodes
 
@@ -398,7 +397,8 @@ def build(stage, args, c, state, data):
         rae = published_rae(args.resolution, args.weights)
     rae = rae if stage == "mid" else rae.fetch_encoder(args.weights)
 
-    (channels, grid, _), classes = rae.latent_shape, content.get("classes") or classes
+    channels, grid, _ = rae.latent_shape
+    classes = content.get("classes") or (class_names() if start and start.config["num_classes"] == 1000 else classes)
     if start is None:
         start = DiTDH(grid, channels, num_classes=len(classes), average_velocity=stage != "flow", **MODELS[c["model"]])
         if args.toy:                                # the published 0.02 learns classes too slowly for minutes
@@ -576,7 +576,7 @@ def parse_arguments():
         parser.error("give --stage, or --toy")
     args.stages = [args.stage] if args.stage else STAGES[args.recipe]
     latent = [*TABLE["paper 256"]][1:]
-    for flag, users in dict(init=latent, rae=latent, teacher=("mid", "distill"), encoder=("rae",)).items():
+    for flag, users in dict(init=latent, rae=latent, ref=latent, teacher=("mid", "distill"), encoder=("rae",)).items():
         if getattr(args, flag) and args.stage not in users:
             parser.error(f"--{flag} belongs to --stage {' or '.join(users)}")
     for flag in ("data", "init", "teacher", "guidance_model", "rae", "ref", "report"):
@@ -600,7 +600,7 @@ def main():
     torch.backends.cuda.enable_flash_sdp(device != "cpu")           # despite its name also the CPU's, which is slow
     fast = device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     args.precision = args.precision or ("bf16" if args.toy and fast else "fp32")
-    torch.set_float32_matmul_precision("high")                      # TF32 on CUDA
+    torch.set_float32_matmul_precision("highest" if args.derivative == "fd" else "high")    # high: TF32 on CUDA
     configs = {stage: settings(stage, args, world) for stage in args.stages}    # refuses before any work
     args.save_to = args.out / "dry_run" if args.dry_run else args.out
     args.out = args.save_to if not args.stage else args.out
