@@ -1059,7 +1059,7 @@ def test_the_papers_table_and_learning_rates():
     for row in (distill, bootstrap):
         assert (row["ratio_r_not_equal_t"], row["adaptive_p"], row["derivative"]) == (0.25, 1, "jvp")
     assert all(row["class_dropout"] == 0.1 and "clip" not in row for row in (flow, mid, distill, bootstrap))
-    assert flow["steps"] == 1_000_911 and rate(0, flow) == rate(50_000, flow) == 2e-4
+    assert flow["steps"] == 1_000_911 and rate(0, flow) == rate(50_000, flow) == 2e-4 and rate(26_999, mid) == 1e-4
     assert [rate(int(done * flow["steps"]), flow) for done in (0.525, 1)] == pytest.approx([1.1e-4, 2e-5], rel=1e-3)
     epochs = [rate(int(done * decoder["steps"] / 16) + 1, decoder) for done in (0, 1, 8.5, 16)] # warm-up, then cosine
     assert epochs == pytest.approx([1e-7, 2e-4, 1.1e-4, 2e-5], rel=1e-2, abs=1e-7)
@@ -1266,15 +1266,15 @@ def test_a_released_teacher_knows_imagenets_classes_by_name(photographs, trained
     copy_inputs(trained, tmp_path, "rae")
     for i, folder in enumerate(("n02099601", "n01440764", "n07753592")):                        # 207, 0 and 954
         shutil.copytree(photographs / str(i), tmp_path / "data" / folder)
-    file, of_mid = tmp_path / "released.pt", ("--toy", "--out", tmp_path, *TINY)
-    in_process(monkeypatch, *of_mid, "--stage", "mid", "--teacher", file)
+    file, common = tmp_path / "released.pt", ("--toy", "--out", tmp_path, *TINY)
+    in_process(monkeypatch, *common, "--stage", "mid", "--teacher", file)
     assert dit.load_file(tmp_path / "mid.pt")["classes"][207] == "golden retriever"
     seen, real = [], train.Samples.__getitem__
     monkeypatch.setattr(train.Samples, "__getitem__", lambda self, n: seen.append(real(self, n)) or seen[-1])
-    in_process(monkeypatch, *of_mid, "--stage", "distill", "--teacher", file, "--data", tmp_path / "data")
+    in_process(monkeypatch, *common, "--stage", "distill", "--teacher", file, "--data", tmp_path / "data")
     assert {int(label) for _, label in seen[-32:]} == {0, 207, 954}
     with pytest.raises(SystemExit, match="--data: '0' is no class of the network"):
-        in_process(monkeypatch, *of_mid, "--stage", "drift", "--data", photographs, "--init", file)
+        in_process(monkeypatch, *common, "--stage", "drift", "--data", photographs, "--init", file)
 
 @pytest.mark.parametrize("stage, derivative, callables", (
     ("distill", "jvp", 3), ("distill", "fd", 3), ("bootstrap", "jvp", 2), ("mid", None, 2)))

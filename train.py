@@ -166,6 +166,7 @@ def train(stage, args, c, data, stop):
     parts |= dict(discriminator=adversary.heads, d_optimizer=adversary.optimizer) if adversary else {}
     for name in parts if state else ():
         parts[name].load_state_dict(state[name])
+    torch.set_float32_matmul_precision("highest" if c.get("derivative") == "fd" else "high")    # high: TF32 on CUDA
     bf16, kind = c["precision"] == "bf16", torch.device(device).type    # no cache: casts under no_grad have no graph
     autocast = partial(torch.autocast, kind, torch.bfloat16, bf16, cache_enabled=False)
     frozen = teacher, guide, perceptual, adversary and adversary.discriminator.net, not args.toy and rae.encoder
@@ -600,7 +601,6 @@ def main():
     torch.backends.cuda.enable_flash_sdp(device != "cpu")           # despite its name also the CPU's, which is slow
     fast = device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     args.precision = args.precision or ("bf16" if args.toy and fast else "fp32")
-    torch.set_float32_matmul_precision("highest" if args.derivative == "fd" else "high")    # high: TF32 on CUDA
     configs = {stage: settings(stage, args, world) for stage in args.stages}    # refuses before any work
     args.save_to = args.out / "dry_run" if args.dry_run else args.out
     args.out = args.save_to if not args.stage else args.out
