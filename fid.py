@@ -1,22 +1,28 @@
-"""Scores of generated images against real ones: FID, sFID, Inception Score, precision, recall, and the Frechet distance
-in other features than Inception's. Also the report of the toy.
+"""Scores of generated images against real ones: FID, sFID, Inception Score, precision and recall,
+the same Frechet distance in other features than Inception's, and the report that ends a toy run.
 
-Paper: arXiv 2511.13019 reports FID; each definition is cited where it is computed.
+The paper, arXiv 2511.13019, reports the FID of its samples. Each definition is cited where it is.
 
-    python fid.py SAMPLES REFERENCE                                   # a table of scores
-    python fid.py SAMPLES REFERENCE --json --features dino            # in DINOv2's features, as a line of JSON
-    python fid.py stats REFERENCE --out reference.npz                 # measure once, compare often
-    torchrun --nproc_per_node=8 -- fid.py SAMPLES REFERENCE           # the processes share the images
+    python fid.py SAMPLES REFERENCE                            # a table of scores
+    python fid.py SAMPLES REFERENCE --json --features dino     # in DINOv2's features, as JSON
+    python fid.py stats REFERENCE --out reference.npz          # measure once, compare often
+    torchrun --nproc_per_node=8 -- fid.py SAMPLES REFERENCE    # the processes share the images
 
-SAMPLES, REFERENCE: a folder of images, nested or not; an .npz with arr_0 = uint8 (N, H, W, 3), as sample.py writes it;
-a reference .npz of ADM's evaluation suite; or a file made by `stats`.
+SAMPLES and REFERENCE are folders of images of one size, nested or not; .npz files with arr_0 =
+uint8 (N, H, W, 3), as sample.py writes them; reference files of ADM's evaluation suite; or files
+that `stats` wrote.
 """
 import argparse
 import hashlib
 import json
 import os
+import sys
 import zipfile
+import zlib
 from collections import namedtuple
+from functools import partial
+from glob import escape, glob
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,379 +33,710 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.backends import cudnn
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import is_image_file
 from torchvision.models import Inception3
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import InterpolationMode, normalize, pil_to_tensor, resize
 from tqdm import tqdm
 
 from dit import load_file
 from rae import fetch, load_rae, read_image, timm_network
-from sample import draw_grid, load_all, make_images, reconstruct, start_processes
+from sample import (
+    Place, computing, draw_grid, load_all, make_images, print0, start_processes, write_whole
+)
 
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # the end of the name is the start of the file's sha256
-INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
-ENDS = dict(pool="", spatial="_s")  # behind the names mu and sigma in a file of statistics, as in ADM's
-DINO = "vit_large_patch14_dinov2.lvd142m"  # CLS token at 224, the extractor of Stein et al. 2023, arXiv 2306.04675
+# The end of the file's name is the start of its sha256.
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
+)
+
+# Stein et al. 2023, arXiv 2306.04675, score with this network's class token at 224 pixels.
+DINO = "vit_large_patch14_dinov2.lvd142m"
+
+# What ADM's files of statistics call the mean and the covariance of a part of the features.
+MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+ALONE = Place(rank=0, world=1, device="cpu")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The scores
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of means (D,) and covariances (D, D) -> float.
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) -> float.
 
-    With sigma = R R^T, the root's trace is the sum of the singular values of R1^T R2. NaN or infinity: ValueError.
-    Source: arXiv 1706.08500.
+    The means are (D,), the covariances (D, D). Each covariance is split as sigma = R R^T; the
+    trace of the root is then the sum of the singular values of R1^T R2, which needs no matrix
+    root. A NaN or an infinity raises ValueError. Source: arXiv 1706.08500.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray_chkfinite(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = [
+        np.asarray_chkfinite(moment, np.float64) for moment in (mu1, sigma1, mu2, sigma2)
+    ]
+
     def root(sigma):
         values, vectors = np.linalg.eigh(sigma)
-        return vectors * np.sqrt(values.clip(0))                                                # (D, D)
-    trace = np.linalg.svd(root(sigma1).T @ root(sigma2), compute_uv=False).sum()
-    return max(float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace), 0.0)
+        return vectors * np.sqrt(values.clip(0))                                # (D, D)
+
+    singular_values = np.linalg.svd(root(sigma1).T @ root(sigma2), compute_uv=False)
+    squared = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2)
+    return max(float(squared - 2 * singular_values.sum()), 0.0)
 
 
 def inception_score(logits, split_size=5000):
-    """exp of mean KL(p(y|x), p(y)), arXiv 1606.03498: logits (N, C) -> (mean of ADM's splits of 5,000, over all)."""
+    """exp of the mean KL(p(y|x), p(y)) of logits (N, C) -> (mean over splits, score of all).
+
+    ADM averages the scores of splits of 5,000 images. Source: arXiv 1606.03498.
+    """
+    def entropy(p):
+        return torch.special.entr(p).sum(-1)
+
     def score(part):
-        logp = part.double().log_softmax(1)                                                     # (n, C)
-        p = logp.exp()
-        return ((p * logp).sum(1).mean() + torch.special.entr(p.mean(0)).sum()).exp().item()
-    return float(np.mean([score(part) for part in logits.split(split_size)])), score(logits)
+        p = part.double().softmax(1)                                            # (n, C)
+        return (entropy(p.mean(0)) - entropy(p).mean()).exp().item()
+
+    split_scores = [score(part) for part in logits.split(split_size)]
+    return float(np.mean(split_scores)), score(logits)
 
 
 def precision_recall(samples, reference, k=3, chunk=500):
-    """(Share of samples (N, D) in the manifold of the reference (M, D), share of the reference in the samples').
+    """Precision and recall of samples (N, D) against a reference (M, D), two floats.
 
-    A manifold: balls around all points, as wide as the distance to the k-th nearest other. Source: arXiv 1904.06991.
+    A set's manifold is the union of balls around its points, each as wide as the distance to the
+    k-th nearest other point. Precision is the share of the samples in the reference's manifold,
+    recall the share of the reference in the samples' manifold. Source: arXiv 1904.06991.
     """
-    x, y = samples.double(), reference.double()
-    radius = lambda z: torch.cat([torch.cdist(part, z).kthvalue(k + 1).values for part in z.split(chunk)])
-    radii_x, radii_y = radius(x), radius(y)                                                     # (N,), (M,)
-    precise, recalled = [], torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    for part, radii in zip(x.split(chunk), radii_x.split(chunk)):
-        apart = torch.cdist(part, y)                                                            # (n, M)
-        precise.append((apart <= radii_y).any(1))
-        recalled |= (apart <= radii[:, None]).any(0)
-    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
+    def share_inside(points, centres):
+        # The nearest centre is the point itself, so the k-th other one is number k + 1.
+        parts = centres.split(chunk)
+        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in parts])
+        inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(chunk)]
+        return torch.cat(inside).double().mean().item()
+
+    samples = samples.double()
+    reference = reference.double()
+    return share_inside(samples, reference), share_inside(reference, samples)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Inception: torchvision's, with the resize, the pooling and the 1008 outputs of December 2015
 
 def resize_tensorflow1(images, size=299):
-    """TensorFlow 1's bilinear resize, part of what FID means: output pixel i samples the input at i * in / out."""
-    def taps(length):
-        position = torch.arange(size, device=images.device) * torch.tensor(length / size, dtype=torch.float32)
+    """Bilinear resize of TensorFlow 1, which is part of what FID means: (N, C, size, size).
+
+    Output pixel i samples the input at i * length / size, without half-pixel centres.
+    """
+    for _ in range(2):                                                          # across, then down
+        length = images.shape[3]
+        scale = torch.tensor(length / size, dtype=torch.float32)
+        position = torch.arange(size, device=images.device) * scale
         low = position.long()
-        return low, (low + 1).clamp(max=length - 1), (position - low).to(images.dtype)
-    top, bottom, down = taps(images.shape[2])
-    left, right, across = taps(images.shape[3])
-    rows = images[..., left] + (images[..., right] - images[..., left]) * across                # (N, C, H, size)
-    return rows[:, :, top] + (rows[:, :, bottom] - rows[:, :, top]) * down[:, None]             # (N, C, size, size)
-
-
-def use_pooling(block, pool):
-    """Give a block's branch_pool pool(x) of the block's input x. torchvision's own average counts the zero padding."""
-    pooled = []
-    block.register_forward_pre_hook(lambda block, inputs: pooled.append(pool(inputs[0])))
-    block.branch_pool.register_forward_pre_hook(lambda branch, inputs: pooled.pop())            # in place of its input
+        left = images[..., low]
+        right = images[..., (low + 1).clamp(max=length - 1)]
+        images = left + (right - left) * (position - low).to(images.dtype)
+        images = images.transpose(2, 3)
+    return images
 
 
 class Inception(Inception3):
-    """Inception v3 of 2015-12-05; load_state_dict takes INCEPTION_FILE. uint8 (N, 3, H, W) -> dict of float32:
+    """Inception v3 of 2015-12-05, uint8 (N, 3, H, W) -> a dict of float32:
 
-      pool     (N, 2048)  mean of the last block: FID, precision, recall
-      logits   (N, 1008)  without the bias, which ADM and the original Inception Score leave out
-      spatial  (N, 2023)  for sFID: 7 channels at 17x17 positions, in TensorFlow's order (row, column, channel). ADM's
-               "mixed_6/conv:0"[..., :7] is the 1x1 branch of Mixed_6d: derived from the names, not run in ADM's graph.
+      pool     (N, 2048)  the mean of the last block, for FID, precision and recall
+      logits   (N, 1008)  without the bias, which ADM and the first Inception Score leave out
+      spatial  (N, 2023)  for sFID: 7 channels at 17 x 17 positions, ordered as TensorFlow does by
+               row, column and channel. ADM's "mixed_6/conv:0"[..., :7] is the 1x1 branch of
+               Mixed_6d; we derived this from the names and did not run ADM's graph.
+
+    load_state_dict takes INCEPTION_FILE. Images of another type or layout raise ValueError.
     """
 
     def __init__(self):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
-        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-            use_pooling(getattr(self, "Mixed_" + name), lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-        use_pooling(self.Mixed_7c, lambda x: F.max_pool2d(x, 3, 1, 1))                          # an oddity of 2015
         self.eval().requires_grad_(False)
 
     def forward(self, images):
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: {images.dtype} {tuple(images.shape)} is not uint8 (N, 3, H, W); convert them")
-        x = (resize_tensorflow1(images.float()) - 128) / 128                                    # (N, 3, 299, 299)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))                       # (N, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))                            # (N, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.maxpool2(x))))                       # (N, 288, 35, 35)
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))                       # (N, 768, 17, 17)
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                                       # (N, 2023), 1x1 branch
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))                       # (N, 2048, 8, 8)
-        pool = x.mean((2, 3))                                                                   # (N, 2048)
-        return dict(pool=pool, spatial=spatial, logits=pool @ self.fc.weight.T)
+        if images.dtype != torch.uint8 or images.shape[1] != 3:
+            raise ValueError(
+                f"images: {images.dtype} {tuple(images.shape)} is not uint8 (N, 3, H, W); "
+                "convert them"
+            )
+
+        # torchvision lists the layers in the order in which they run, and at the end its own
+        # pooling, dropout and classification, which are not used.
+        x = (resize_tensorflow1(images.float()) - 128) / 128                    # (N, 3, 299, 299)
+        for name, layer in self.named_children():
+            if name == "avgpool":
+                break
+            if not hasattr(layer, "branch_pool"):
+                x = layer(x)                                                    # (N, C, h, w)
+                continue
+
+            # The last branch of a block is pooled once more, as in 2015. torchvision's average
+            # counts the zeros of the padding, TensorFlow's did not; Mixed_7c took the maximum.
+            branches = layer._forward(x)
+            if name == "Mixed_7c":
+                pooled = F.max_pool2d(x, 3, stride=1, padding=1)
+            else:
+                pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+            branches[-1] = layer.branch_pool(pooled)
+            x = torch.cat(branches, 1)                                          # (N, C, h, w)
+            if name == "Mixed_6d":                                              # (N, 768, 17, 17)
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)               # (N, 2023)
+
+        pool = x.mean((2, 3))                                                   # (N, 2048)
+        return {"pool": pool, "spatial": spatial, "logits": pool @ self.fc.weight.T}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Extractors: uint8 (B, 3, H, W) -> {"pool": (B, D)}, Inception's with "spatial" and "logits". The name has a hash of
-# the weights, so that statistics of two networks never meet under one name. dims: D.
+# --------------------------------------------------------------------------------------------------
+# Extractors
 
-Extractor = namedtuple("Extractor", ("extract", "name", "dims"))
+# extract: uint8 (B, 3, H, W) -> {"pool": (B, dims)}, of Inception also "spatial" and "logits".
+# The name ends in a hash of the weights, so that statistics of two networks never meet.
+Extractor = namedtuple("Extractor", "extract name dims spatial_dims", defaults=(None,))
 
 
-def fingerprint(net):
+def fingerprint(network):
+    """The first 8 hexadecimal digits of the sha256 of a network's weights as float32."""
     digest = hashlib.sha256()
-    for _, tensor in sorted(net.state_dict().items()):
+    for _, tensor in sorted(network.state_dict().items()):
         digest.update(tensor.cpu().float().numpy().tobytes())
     return digest.hexdigest()[:8]
 
 
 def rae_extractor(rae):
-    extract = lambda x: dict(pool=rae.encoder(x.float() / 255).mean((2, 3)))                    # (B, C)
+    """The mean over positions of the latents of an RAE's encoder, before normalisation."""
+    def extract(images):
+        return {"pool": rae.encoder(images / 255).mean((2, 3))}                 # (B, C)
+
     return Extractor(extract, f"rae-{fingerprint(rae.encoder)}", rae.latent_shape[0])
 
 
 def make_extractor(features="inception", weights=None, device="cpu"):
-    """features: inception, dino or rae. weights: as in fetch; or Inception's file; of rae, a checkpoint."""
-    if features == "inception":
-        net, file = Inception(), weights and Path(weights).is_file()
-        net.load_state_dict(load_file(weights if file else fetch(INCEPTION_FILE, INCEPTION_URL, weights)))
-        return Extractor(net.to(device), f"inception-{fingerprint(net)}", 2048)
+    """The extractor "inception", "dino" or "rae".
+
+    weights: as in fetch; of inception also its file; of rae a checkpoint.
+    """
     if features == "rae":
+        if weights is None:
+            raise SystemExit("--features rae: give --weights, a checkpoint that holds the RAE")
         return rae_extractor(load_rae(weights).fetch_encoder().to(device))
-    net = timm_network(DINO, weights, img_size=224).to(device)
-    def extract(x):
-        x = resize(x, (224, 224), InterpolationMode.BICUBIC)                                    # as PIL resizes
-        x = normalize(x / 255, net.pretrained_cfg["mean"], net.pretrained_cfg["std"])           # (B, 3, 224, 224)
-        return dict(pool=net.forward_head(net.forward_features(x), pre_logits=True))            # (B, D)
-    return Extractor(extract, f"dino-{fingerprint(net)}", net.num_features)
+
+    if features == "inception":
+        if not weights or not Path(weights).is_file():
+            weights = fetch(INCEPTION_FILE, INCEPTION_URL, weights)
+        network = Inception()
+        network.load_state_dict(load_file(weights))
+        return Extractor(network.to(device), f"inception-{fingerprint(network)}", 2048, 2023)
+
+    network = timm_network(DINO, weights, img_size=224).to(device)
+
+    def extract(images):
+        x = resize(images, (224, 224), InterpolationMode.BICUBIC)               # as PIL resizes
+        config = network.pretrained_cfg
+        x = normalize(x / 255, config["mean"], config["std"])                   # (B, 3, 224, 224)
+        x = network.forward_features(x)                                         # (B, N, D)
+        return {"pool": network.forward_head(x, pre_logits=True)}               # (B, D)
+
+    return Extractor(extract, f"dino-{fingerprint(network)}", network.num_features)
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics of images
+
+# moments: {part: (mean (D,), covariance (D, D))}. features: {part: (N, D)}, empty where no image
+# was seen. image_size: as "(256, 256)", height and width, or "" where a file does not say.
+Statistics = namedtuple("Statistics", "moments features image_size")
+
+
+def sum_over_processes(tensor):
+    """Add up a tensor of all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows):
+    """The rows (n, D) of all processes, in the order of their ranks: (N, D)."""
+    if not dist.is_initialized():
+        return rows
+
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, len(rows))
+    first = sum(counts[:dist.get_rank()])
+
+    everything = rows.new_zeros(sum(counts), rows.shape[1])                     # (N, D)
+    everything[first:first + len(rows)] = rows
+    return sum_over_processes(everything)
 
 
 def measure(extractor, batches, device, keep=()):
-    """This process's share of the images, batches uint8 (B, 3, H, W), to the numbers of all processes' images:
+    """Statistics of the images of all processes, from this process's share of them.
 
-    ({part: (mean, covariance)}, {part: features (N, D)} of the parts in keep). SystemExit with D images or fewer.
+    batches: uint8 (B, 3, H, W), or a sentence where an image cannot be used. keep: the parts whose
+    features are kept. The moments are exact: sums in float64, which do not depend on the size of
+    the batches. SystemExit where there are too few images for a covariance of full rank.
     """
-    sums, kept, moments = {}, {part: [] for part in keep}, {}
-    before = torch.get_float32_matmul_precision()                   # of a training loop; here it is full float32
-    torch.set_float32_matmul_precision("highest")
-    no_autocast = torch.autocast(torch.device(device).type, enabled=False)
+    count = 0
+    sums = {}
+    kept = {}
     for images in batches:
-        with torch.no_grad(), no_autocast, cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):
+        if isinstance(images, str):
+            raise SystemExit(images)
+
+        # A training run calls this too, but scores are always in full float32, without autocast
+        # and without cuDNN's TF32, which is on by default.
+        with computing("fp32", device), cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):
             features = extractor.extract(images.to(device))
-        for part in kept.keys() & features.keys():
-            kept[part].append(features[part].cpu())
-        for part in features.keys() - {"logits"}:
-            x = F.pad(features[part].double(), (0, 1), value=1.0)                               # (B, D + 1)
-            sums[part] = sums.get(part, 0) + x.T @ x                                            # (D + 1, D + 1)
-    torch.set_float32_matmul_precision(before)
-    shares = [{part: torch.cat(rows) for part, rows in kept.items() if rows}]
-    if dist.is_initialized():
-        for part in sorted(sums):
-            dist.all_reduce(sums[part])
-        shares = shares * dist.get_world_size()
-        dist.all_gather_object(shares, shares[0])
+
+        count += len(images)
+        for part, rows in features.items():
+            if part in keep:
+                kept.setdefault(part, []).append(rows)
+            if part != "logits":
+                # The product of a last column of ones with x holds the count and the sum.
+                x = F.pad(rows.double(), (0, 1), value=1.0)                     # (B, D + 1)
+                sums[part] = sums.get(part, 0) + x.T @ x                        # (D + 1, D + 1)
+
+    count = int(sum_over_processes(torch.tensor(count, device=device)))
+    if count <= extractor.dims:
+        raise SystemExit(
+            f"{count} images for {extractor.dims} features: give more than {extractor.dims} images"
+        )
+
+    moments = {}
     for part, products in sums.items():
-        count, mean = products[-1, -1], products[-1, :-1] / products[-1, -1]
-        if count <= extractor.dims:
-            raise SystemExit(f"{count:.0f} images for {extractor.dims} features: give more than {extractor.dims}")
-        covariance = (products[:-1, :-1] - count * mean[:, None] * mean) / (count - 1)
-        moments[part] = mean.cpu().numpy(), covariance.cpu().numpy()
-    return moments, {part: torch.cat([share[part] for share in shares]) for part in shares[0]}
+        products = sum_over_processes(products).cpu().numpy()
+        mean = products[-1, :-1] / count                                        # (D,)
+        scatter = products[:-1, :-1] - count * mean[:, None] * mean             # (D, D)
+        moments[part] = mean, scatter / (count - 1)
+
+    features = {part: gather_rows(torch.cat(rows)) for part, rows in kept.items()}
+    return Statistics(moments, features, f"{tuple(images.shape[2:])}")
 
 
-def stack_images(files):
-    return torch.stack([pil_to_tensor(read_image(file)) for file in files])                     # (B, 3, H, W)
+def read_batch(files, first):
+    """Image files -> uint8 (B, 3, H, W), or a sentence on one that cannot be used.
+
+    A process that loads data cannot end the program, so it returns a sentence. `first` is the
+    folder's first image, whose size all others must have.
+    """
+    try:
+        reference, *images = [read_image(file) for file in (first, *files)]
+    except OSError as error:
+        return str(error)
+    for file, image in zip(files, images):
+        if image.size != reference.size:
+            return (
+                f"{file}: {image.width} x {image.height} pixels, but {first} has "
+                f"{reference.width} x {reference.height}; give images of one size"
+            )
+    return torch.stack([pil_to_tensor(image) for image in images])
 
 
-def folder_images(path, rank, world, batch_size):
-    """This process's share of a folder's images, uint8 (B, 3, H, W)."""
-    found = [Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
-    files = sorted(file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
+def folder_images(path, place, batch_size):
+    """This process's share of a folder's images, uint8 (B, 3, H, W), in a fixed random order.
+
+    glob leaves out names that begin with a dot, which are not the user's images but copies that
+    other programs keep, such as ._x.jpg.
+    """
+    files = sorted(filter(is_image_file, glob(f"{escape(str(path))}/**", recursive=True)))
     if not files:
         raise SystemExit(f"{path}: no image in this folder; give one that holds images")
-    files = np.array_split(np.random.RandomState(0).permutation(files), world)[rank]        # in random order
-    return DataLoader(files, batch_size, num_workers=min(4, os.cpu_count()), collate_fn=stack_images)
+
+    shuffled = np.random.RandomState(0).permutation(files)
+    return DataLoader(
+        np.array_split(shuffled, place.world)[place.rank],
+        batch_size,
+        num_workers=min(4, os.cpu_count()),
+        collate_fn=partial(read_batch, first=files[0])
+    )
 
 
-def npz_images(path, rank, world, batch_size):
-    """This process's share of an .npz's arr_0, as a stream: uint8 (B, 3, H, W)."""
+def npz_images(path, place, batch_size):
+    """This process's share of an .npz's arr_0, uint8 (B, 3, H, W), read as a stream."""
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         np.lib.format.read_magic(file)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or shape[3:] != (3,) or fortran:
-            raise SystemExit(f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3); round it before saving")
-        first, last, size = shape[0] * rank // world, shape[0] * (rank + 1) // world, shape[1] * shape[2] * 3
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.uint8 or fortran_order or shape[3:] != (3,) or min(shape) < 1:
+            raise SystemExit(
+                f"{path}: arr_0 is {dtype} {shape}, not one or more images as uint8 (N, H, W, 3); "
+                "round floats to uint8 before saving"
+            )
+
+        num, height, width, _ = shape
+        size = height * width * 3
+        found = archive.getinfo("arr_0.npy").file_size - file.tell()
+        if found != num * size:
+            raise SystemExit(
+                f"{path}: arr_0 holds {found} bytes, but its header promises {num * size}, "
+                f"{shape}; make the file again"
+            )
+
+        first = num * place.rank // place.world
+        last = num * (place.rank + 1) // place.world
         file.seek(first * size, os.SEEK_CUR)
         for i in range(first, last, batch_size):
-            batch = bytearray(file.read(min(batch_size, last - i) * size))
-            yield torch.frombuffer(batch, dtype=torch.uint8).view(-1, *shape[1:]).permute(0, 3, 1, 2)
+            content = bytearray(file.read(min(batch_size, last - i) * size))
+            pixels = torch.frombuffer(content, dtype=torch.uint8)
+            yield pixels.view(-1, height, width, 3).permute(0, 3, 1, 2)         # (B, 3, H, W)
 
 
-def statistics_of(path, extractor, keep, device, rank=0, world=1, batch_size=32):
-    """A folder or .npz -> ({part: (mean, covariance)}, recorded or else measured, {part: features of its images})."""
-    moments, batches = {}, None
-    if Path(path).is_dir():
-        batches = folder_images(path, rank, world, batch_size)
-    elif zipfile.is_zipfile(path):
-        with np.load(path) as archive:                                                          # reads on demand
-            if extractor.name.startswith(str(archive.get("extractor", "inception"))):           # without: ADM's
-                moments = {part: (archive["mu" + end], archive["sigma" + end]) for part, end in ENDS.items()
-                           if "mu" + end in archive}
-            batches = npz_images(path, rank, world, batch_size) if "arr_0" in archive else None
-    if batches is None:
-        if not moments:
-            raise SystemExit(f"{path}: neither images nor statistics of {extractor.name}; give images")
-        return moments, {}
-    measured, features = measure(extractor, tqdm(batches, str(path), disable=rank > 0), device, keep)
-    return measured | moments, features
+def recorded_moments(path, archive, extractor):
+    """The moments in an open .npz; none where they are of another network."""
+    moments = {}
+    # ADM's files do not name their network, which is Inception.
+    if not extractor.name.startswith(str(archive.get("extractor", "inception"))):
+        return moments
+
+    expected = {"pool": extractor.dims, "spatial": extractor.spatial_dims}
+    for part, (mu, sigma) in MOMENTS.items():
+        if mu in archive:
+            moments[part] = archive[mu], archive[sigma]
+            dims = len(archive[mu])
+            if dims != (expected[part] or dims):
+                raise SystemExit(
+                    f"{path}: {mu} has {dims} dimensions, but {extractor.name} has "
+                    f"{expected[part]}; give images, or statistics of this network"
+                )
+    return moments
+
+
+def statistics_of(path, extractor, keep, place, batch_size=32):
+    """Statistics of a folder, an .npz or batches. Recorded moments come before measured ones."""
+    if not isinstance(path, (str, Path)):
+        return measure(extractor, path, place.device, keep)
+
+    moments = {}
+    image_size = ""
+    batches = None
+    try:
+        if Path(path).is_dir():
+            batches = folder_images(path, place, batch_size)
+        elif zipfile.is_zipfile(path):
+            with np.load(path) as archive:                                      # reads on demand
+                moments = recorded_moments(path, archive, extractor)
+                image_size = str(archive.get("image_size", ""))
+                if "arr_0" in archive:
+                    batches = npz_images(path, place, batch_size)
+
+        if batches:
+            measured = measure(
+                extractor, tqdm(batches, str(path), disable=place.rank > 0), place.device, keep
+            )
+            return measured._replace(moments=measured.moments | moments)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise SystemExit(f"{path}: damaged ({error}); make or copy it again") from error
+
+    if not moments:
+        raise SystemExit(f"{path}: neither images nor statistics of {extractor.name}; give images")
+    return Statistics(moments, {}, image_size)
+
+
+def compare(found, reference, names):
+    """The scores of Statistics that both sides allow; the others are missing.
+
+    names: {part: what its Frechet distance is called}.
+    """
+    scores = {}
+    for part, name in names.items():
+        if part in found.moments and part in reference.moments:
+            scores[name] = frechet_distance(*found.moments[part], *reference.moments[part])
+
+    if "pool" in found.features and "pool" in reference.features:
+        scores["precision"], scores["recall"] = precision_recall(
+            found.features["pool"], reference.features["pool"]
+        )
+    return scores
 
 
 class Scorer:
-    """Scorer(reference)(samples) -> dict of scores. samples: a path, or batches uint8 (B, 3, H, W) of this process."""
+    """Scorer(reference, ...)(samples) -> a dict of scores on rank 0, an empty one elsewhere.
 
-    def __init__(self, reference, features="inception", weights=None, device="cpu", rank=0, world=1, batch_size=32):
-        self.where = device, rank, world, batch_size
-        self.extractor = make_extractor(features, weights, device)
-        self.moments, self.features = statistics_of(reference, self.extractor, ("pool",), *self.where)
+    reference: a path. samples: a path, or batches uint8 (B, 3, H, W) of this process's share of
+    the images. features and weights: as in make_extractor. place: sample.Place.
+    """
+
+    def __init__(
+        self, reference, features="inception", weights=None, place=ALONE, batch_size=32
+    ):
+        self.rank = place.rank
+        self.extractor = make_extractor(features, weights, place.device)
+        self.statistics_of = partial(
+            statistics_of, extractor=self.extractor, place=place, batch_size=batch_size
+        )
+        self.reference = self.statistics_of(reference, keep=["pool"])
 
     def __call__(self, samples):
-        keep = ("pool", "logits") if self.features else ("logits",)
-        if isinstance(samples, (str, Path)):
-            moments, features = statistics_of(samples, self.extractor, keep, *self.where)
-        else:
-            moments, features = measure(self.extractor, samples, self.where[0], keep)
-        scores, inception = dict(extractor=self.extractor.name), self.extractor.name.startswith("inception")
-        names = dict(pool="fid" if inception else "fd", spatial="sfid")
-        for part in [part for part in names if part in moments and part in self.moments]:
-            scores[names[part]] = frechet_distance(*moments[part], *self.moments[part])
-        if "logits" in features:
-            scores["inception_score"], scores["inception_score_all"] = inception_score(features["logits"])
-        if features and self.features:
-            pools = (pool.to(self.where[0]) for pool in (features["pool"], self.features["pool"]))
-            scores["precision"], scores["recall"] = precision_recall(*pools)
+        found = self.statistics_of(samples, keep=["logits", *self.reference.features])
+        if self.rank > 0:
+            return {}
+        if len({found.image_size, self.reference.image_size} - {""}) > 1:
+            print0(
+                f"the samples are {found.image_size} pixels large, but the reference's images "
+                f"{self.reference.image_size}: published scores compare images of one size"
+            )
+
+        scores = {"extractor": self.extractor.name}
+        pool = "fid" if self.extractor.name.startswith("inception") else "fd"
+        scores |= compare(found, self.reference, {"pool": pool, "spatial": "sfid"})
+
+        if "logits" in found.features:
+            scores["inception_score"], scores["inception_score_all"] = inception_score(
+                found.features["logits"]
+            )
         return scores
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The report of the toy: teachers and students in 1, 2, ... steps
 
+# What pictures call a checkpoint, by the stem of its file, and the numbers of steps they show.
+TITLES = {
+    "flow": "teacher",
+    "mid": "paper's student (mid)",
+    "distill": "paper's student (distill)",
+    "bootstrap": "paper's student (bootstrap)"
+}
+SHOWN_STEPS = {None: "", 1: ", 1 step", 25: ", 25 steps"}
+
+
 def train_classifier(images, labels, num_classes, device, steps=250):
-    """A small convolutional network on uint8 (M, 3, 32, 32): does a sample show the class that was asked for?"""
+    """A small convolutional network, trained on uint8 (M, 3, 32, 32) and labels (M,).
+
+    It says whether a sample shows the class that was asked for.
+    """
     torch.manual_seed(0)
-    conv = lambda i, o, stride: [nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU()]
-    net = nn.Sequential(*conv(3, 32, 1), *conv(32, 64, 2), *conv(64, 128, 2), *conv(128, 256, 2),
-                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes))
-    net.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-    for _ in tqdm(range(steps), "classifier"):
-        pick = torch.randint(len(images), (128,))
-        x = images[pick].to(device, memory_format=torch.channels_last).float() / 255            # (128, 3, 32, 32)
-        F.cross_entropy(net(x), labels[pick].to(device)).backward()
+    conv = partial(Conv2dNormActivation, bias=True)                             # 3 x 3
+    network = nn.Sequential(
+        conv(3, 32),
+        conv(32, 64, stride=2),
+        conv(64, 128, stride=2),
+        conv(128, 256, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, num_classes)
+    ).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+
+    for chosen in tqdm(torch.randint(len(images), (steps, 128)), "classifier"):
+        logits = network(images[chosen].to(device) / 255)                       # (128, classes)
+        F.cross_entropy(logits, labels[chosen].to(device)).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return net.eval()
+    return network.eval()
 
 
-def save_chart(rows, path):
-    """Frechet distance against steps, both logarithmic, a line per name -> PNG."""
-    picture = Image.new("RGB", (560, 360), "white")
-    pen, colours = ImageDraw.Draw(picture), ("royalblue", "crimson", "seagreen", "darkorange", "purple", "black")
-    points = np.log([(row["steps"], row["fd_encoder"]) for row in rows])                        # (rows, 2)
-    low, high = points.min(0), points.max(0) + 1e-9
-    points = (points - low) / (high - low) * (470, -200) + (40, 320)                            # in pixels
-    for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
-        line, colour = [(row, tuple(p)) for row, p in zip(rows, points) if row["name"] == name], colours[i % 6]
-        pen.text((60, 8 + 16 * i), f"{name}: Frechet distance against steps", colour, font_size=13)
-        pen.line([point for _, point in line], colour, 2)
-        for row, (x, y) in line:
-            pen.text((x, y), f"{row['fd_encoder']:.2f}", colour, font_size=13)
-            pen.text((x, 336), f"{row['steps']}", "black", font_size=13)
-    picture.save(path)
+def with_classifier(encoder, classifier):
+    """An extractor of the encoder's features, the classifier's last ones and its logits."""
+    def extract(images):
+        hidden = classifier[:-1](images / 255)                                  # (B, 256)
+        return encoder.extract(images) | {
+            "classifier": hidden,
+            "logits": classifier[-1](hidden)                                    # (B, classes)
+        }
+
+    return Extractor(extract, encoder.name, 256)
 
 
-def report(paths, data, held_out, out, device, num):
-    """Print a table of checkpoints of the toy; save it, a chart and a picture, equal noise a column, in the folder out.
+def score_row(found, reference, labels):
+    """Scores of the Statistics of images of the labels (N,), as columns of the table."""
+    scores = compare(found, reference, {"pool": "fd_encoder", "classifier": "fd_classifier"})
+    predicted = found.features["logits"].argmax(1).cpu()                        # (N,)
+    scores["accuracy"] = (predicted == labels).float().mean().item()
+    return scores
 
-    FD: Frechet distance from num samples to the images held_out, which no stage has seen, nor the classifier.
+
+def print_row(row):
+    """A line of the table; pictures that no network drew have no number of steps."""
+    print(
+        f"{row['name']:20} {row['steps'] or '':>5} {row['fd_encoder']:11.3f} "
+        f"{row['precision']:10.3f} {row['recall']:7.3f} {row['fd_classifier']:14.2f} "
+        f"{row['accuracy']:9.1%}",
+        flush=True
+    )
+
+
+def never():
+    return False
+
+
+def report(paths, data, held_out, out, device, num, precision, stopped=never):
+    """Score checkpoints of the toy -> a table, which is printed and saved, a chart and a picture.
+
+    data: images and labels for the classifier. held_out: those that no stage has seen, nor the
+    classifier, with .tensors = uint8 (M, 3, 32, 32) and labels (M,); num samples are scored against
+    them. The files go to the folder out, but none is written once stopped() is true after a row.
     """
-    classes, (real, real_labels) = len(data.classes), held_out.tensors
-    classifier = train_classifier(*data.tensors, classes, device, 2 if num < 1000 else max(250, len(data) // 90))
-    rows, shown, references, columns = [], {}, {}, range(min(classes, 10))
+    # At least 250 steps of 128 images, but at most ten passes over few images.
+    steps = min(max(250, len(data) // 90), len(data) // 12)
+    classifier = train_classifier(*data.tensors, len(data.classes), device, steps)
+
+    # Held-out images by class, and samples that have the classes of evenly spaced ones: the shares
+    # of the classes are the same. The picture shows the first sample of each class.
+    real, real_labels = held_out.tensors
+    order = real_labels.argsort(stable=True)
+    real = real[order]                                                          # (M, 3, 32, 32)
+    evenly = torch.arange(num) * len(real) // num                               # (num,)
+    labels = real_labels[order][evenly]                                         # (num,)
+    columns = np.unique(labels, return_index=True)[1][:10]
+
+    rows = []
+    pictures = {}
+
+    def images_to_score():
+        """Yield name, title and steps of a row, its images uint8 (N, 3, 32, 32), and their RAE."""
+        for path in map(Path, paths):
+            network, rae, alpha, names = load_all(path, device=device)
+            if rae.encoder is None or len(names) != len(data.classes):
+                raise SystemExit(
+                    f"{path}: not of the toy, or of other classes; give a checkpoint of this data"
+                )
+
+            if not rows:                                    # with the first checkpoint
+                yield "held-out pictures", "held-out pictures", None, real, rae
+                with computing(precision, device):
+                    decoded = rae.reconstruct(real)
+                yield "reconstructions", "reconstructions", None, decoded, rae
+
+            name = path.stem
+            title = TITLES.get(name, name)
+            if path.parent != out:
+                name = f"{path.parent.name}/{name}"
+                title = f"{title} of {path.parent.name}"
+            for steps in (1, 2, 4) if network.average_velocity else (25, 4, 1):
+                batches = make_images(
+                    network, rae, alpha, labels, steps, batch_size=250, precision=precision
+                )
+                images = torch.cat([images for _, images in batches])           # (num, 3, 32, 32)
+                yield name, title, steps, images, rae
+
     print(f"\n{'':20} steps  FD encoder  precision  recall  FD classifier  accuracy")
-
-    def add(name, steps, images, labels, encoder):
-        def extract(x):
-            seen = classifier[:-1](x.float() / 255)                                             # (B, 256)
-            return encoder.extract(x) | dict(classifier=seen, logits=classifier[-1](seen))
-        extractor, row = Extractor(extract, encoder.name, 256), dict(name=name, steps=steps)
-        if encoder.name not in references:
-            references[encoder.name] = measure(extractor, real.split(500), device, ("pool",))
-        wanted, real_features = references[encoder.name]
-        made, features = measure(extractor, images.split(500), device, ("pool", "logits"))
-        for space, part in dict(encoder="pool", classifier="classifier").items():
-            row[f"fd_{space}"] = frechet_distance(*made[part], *wanted[part])
-        row["precision"], row["recall"] = precision_recall(features["pool"], real_features["pool"])
-        row["accuracy"] = (features["logits"].argmax(1) == labels).float().mean().item()
+    for name, title, steps, images, rae in images_to_score():
+        extractor = with_classifier(rae_extractor(rae), classifier)
+        reference = measure(extractor, real.split(500), device, ["pool"])
+        found = measure(extractor, images.split(500), device, ["pool", "logits"])
+        row = {"name": name, "title": title, "steps": steps}
+        row |= score_row(found, reference, labels if steps else real_labels[order])
+        print_row(row)
         rows.append(row)
-        first = [(labels == k).int().argmax() for k in columns]                                 # of each class
-        shown[f"{name}, {steps} step{'s' * (steps > 1)}" if steps else name] = images[torch.stack(first)]
-        print("{name:20} {steps:>5} {fd_encoder:11.3f} {precision:10.3f} {recall:7.3f} {fd_classifier:14.2f} "
-              "{accuracy:9.1%}".format(**row), flush=True)
 
-    for path in map(Path, paths):
-        network, rae, alpha, names = load_all(path, device=device)
-        if rae.encoder is None or len(names) != classes:
-            raise SystemExit(f"{path}: not of the toy, or of other classes; give a checkpoint of this data")
-        name = path.stem if path.parent == out else f"{path.parent.name}/{path.stem}"
-        encoder = rae_extractor(rae)
-        if not rows:
-            add("held-out images", "", real, real_labels, encoder)
-            add("reconstructions", "", reconstruct(rae, real), real_labels, encoder)
-        labels = torch.arange(num) % classes
-        for steps in (1, 2, 4) if network.average_velocity else (25, 4, 1):
-            made = make_images(network, rae, alpha, labels, steps, batch_size=250)
-            add(name, steps, torch.cat([images for _, images in made]), labels, encoder)
+        if steps in SHOWN_STEPS:
+            first = columns if steps else evenly[columns]
+            pictures[title + SHOWN_STEPS[steps]] = images[first]                # (10, 3, 32, 32)
+        if stopped():
+            return
 
-    (out / "report.json").write_text(json.dumps(rows, indent=1))
-    save_chart(rows[2:], out / "report.png")
-    titles = [title for title in shown if not title.endswith((", 2 steps", ", 4 steps"))]
-    if len(titles) > 6:                                             # six rows are read at a glance
-        titles = [title for title in titles if not title.endswith("flow, 1 step")]
-    draw_grid(torch.cat([shown[title] for title in titles]), len(columns), titles).save(out / "comparison.png")
-    print(f"\nFD: Frechet distance of {num} samples to {len(real)} held-out ones. Precision, recall: of the encoder's\n"
-          f"features. {out}: report.json (the table), report.png (its curves), comparison.png (samples side by side)")
+    write_whole(out / "report.json", lambda file: file.write_text(json.dumps(rows, indent=1)))
+    write_whole(out / "report.png", draw_chart(rows[2:]).save)
+    write_whole(
+        out / "comparison.png",
+        draw_grid(torch.cat([*pictures.values()]), len(columns), [*pictures]).save
+    )
+    print(
+        f"\nFD is the Frechet distance of {num} samples to {len(real)} held-out images; precision "
+        f"and recall are those of the encoder's features.\n{out}: report.json (the table), "
+        "report.png (its curves), comparison.png (samples side by side)"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The chart of the report
+
+def draw_chart(rows):
+    """Frechet distance against steps, a curve a network, both axes logarithmic: a PIL image.
+
+    It is drawn in triple size, 2400 x 1200 pixels, and scaled down, which smooths the lines.
+    """
+    picture = Image.new("RGB", (2400, 1200), "white")
+    pen = ImageDraw.Draw(picture)
+    write = partial(pen.text, fill="black", font_size=42, anchor="mm")
+    distances = [row["fd_encoder"] for row in rows]
+    low = min(distances) / 1.5
+    high = max(distances) * 1.5
+
+    def x_of(steps):
+        return 300 + 350 * np.log(steps)
+
+    def y_of(distance):
+        return 1050 - 1000 * np.log(distance / low) / np.log(high / low)
+
+    pen.rectangle((200, 50, 1500, 1050), outline="black", width=4)
+    write((850, 1160), "steps (evaluations of the network)")
+    write((1930, 110), "Frechet distance to held-out pictures,\nin the encoder's features")
+    for steps in (1, 2, 4, 25):
+        write((x_of(steps), 1090), f"{steps}")
+    for third in np.logspace(-3, 6, 28):
+        tick = float(f"{third:.1g}")                        # 1, 2, 5, 10, 20, ...
+        if low < tick < high:
+            write((130, y_of(tick)), f"{tick:g}")
+
+    for i, (title, curve) in enumerate(groupby(rows, lambda row: row["title"])):
+        points = [(x_of(row["steps"]), y_of(row["fd_encoder"])) for row in curve]
+        colour = f"hsl({220 + 80 * i}, 80%, 40%)"
+        pen.line(points, colour, 8)
+        for point in points:
+            pen.circle(point, 12, colour)
+        write((1560, 300 + 60 * i), title, fill=colour, anchor="lm")
+    return picture.resize((800, 400), Image.Resampling.LANCZOS)
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 
+def existing(path):
+    if not Path(path).exists():
+        raise SystemExit(f"{path}: no such file or folder; give images or statistics")
+    return path
+
+
+def write_statistics(args, place):
+    """As ADM's files, but with the network's name and the images' size."""
+    if not args.out or args.out.exists() or args.out.suffix != ".npz":
+        raise SystemExit(f"--out {args.out}: give the name of a new file that ends in .npz")
+
+    extractor = make_extractor(args.features, args.weights, place.device)
+    found = statistics_of(args.reference, extractor, (), place)
+    content = {"extractor": extractor.name, "image_size": found.image_size}
+    for part, moments in found.moments.items():
+        content |= zip(MOMENTS[part], moments)
+
+    if place.rank == 0:
+        write_whole(args.out, partial(np.savez, **content))
+    print0(f"{args.out}: statistics of {args.reference}, {extractor.name}")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    argv = argv or sys.argv[1:]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
-    add("samples", help="folder, .npz or statistics; or the word stats, to measure REFERENCE for later")
-    add("reference", help="folder, .npz or statistics")
-    add("--features", default="inception", choices=("inception", "dino", "rae"), help="(default inception)")
-    add("--weights", metavar="PATH", help="folder laid out like the hub, Inception's file or, for rae, a checkpoint")
-    add("--out", metavar="FILE", type=Path, help="with stats: the .npz to write")
-    add("--json", action="store_true", help="print one line of JSON instead of a table")
+    stats = argv[:1] == ["stats"]
+    if stats:
+        argv = argv[1:]
+        add("--out", metavar="FILE", type=Path, help="the .npz to write")
+    else:
+        add("samples", type=existing, help="folder of images, .npz of images, or statistics")
+        add("--json", action="store_true", help="print a line of JSON, not a table")
+    add("reference", type=existing, help="folder of images, .npz of images, or statistics")
+    add("--features", default="inception", choices=("inception", "dino", "rae"),
+        help="the network whose features are compared (default inception)")
+    add("--weights", metavar="PATH",
+        help="folder laid out like the hub, Inception's file or, for rae, a checkpoint")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     args = parser.parse_args(argv)
-    rank, world, device = start_processes(args.device)
-    if args.samples == "stats" and (not args.out or args.out.exists()):
-        raise SystemExit("stats needs --out FILE, the name of a new .npz")
-    for path in {args.samples, args.reference, args.weights if args.features == "rae" else "stats"} - {"stats"}:
-        if not path or not Path(path).exists():
-            raise SystemExit(f"{path}: no such file or folder; give samples, a reference and, for rae, a checkpoint")
-    scorer = Scorer(args.reference, args.features, args.weights, device, rank, world)
-    if args.samples != "stats":
-        scores = scorer(args.samples)
-        text = json.dumps(scores) if args.json else "\n".join(f"{key:20} {value}" for key, value in scores.items())
-        print(text) if rank == 0 else None
-    elif rank == 0:                                                 # a file gets its name when it is whole
-        moments = {name + ENDS[part]: values for part, pair in scorer.moments.items()
-                   for name, values in zip(("mu", "sigma"), pair)}
-        np.savez(args.out.with_suffix(".tmp.npz"), **moments, extractor=scorer.extractor.name)
-        args.out.with_suffix(".tmp.npz").replace(args.out)
-        print(f"{args.out}: statistics of {args.reference}, {scorer.extractor.name}")
+
+    place = start_processes(args.device)
+    if stats:
+        return write_statistics(args, place)
+    scores = Scorer(args.reference, args.features, args.weights, place)(args.samples)
+    if args.json and scores:
+        print(json.dumps(scores))
+    else:
+        for name, score in scores.items():
+            print(f"{name:20} {score}")
 
 
 if __name__ == "__main__":
