@@ -566,16 +566,18 @@ def report(paths, data, held_out, out, device, num, precision, stopped=never):
     """Score checkpoints of the toy -> a table, which is printed and saved, a chart and a picture.
 
     data: images and labels for the classifier. held_out: those that no stage has seen, nor the
-    classifier, with .tensors = uint8 (M, 3, 32, 32) and labels (M,); num samples are scored against
+    classifier, with .images uint8 (M, 3, 32, 32) and .targets (M,); num samples are scored against
     them. The files go to the folder out, but none is written once stopped() is true after a row.
     """
     # At least 250 steps of 128 images, but at most ten passes over few images.
-    steps = min(max(250, len(data) // 90), len(data) // 12)
-    classifier = train_classifier(*data.tensors, len(data.classes), device, steps)
+    num_images = len(data.images)
+    steps = min(max(250, num_images // 90), num_images // 12)
+    classifier = train_classifier(data.images, data.targets, len(data.classes), device, steps)
 
     # Held-out images by class, and samples that have the classes of evenly spaced ones: the shares
     # of the classes are the same. The picture shows the first sample of each class.
-    real, real_labels = held_out.tensors
+    real = held_out.images
+    real_labels = held_out.targets
     order = real_labels.argsort(stable=True)
     real = real[order]                                                          # (M, 3, 32, 32)
     evenly = torch.arange(num) * len(real) // num                               # (num,)

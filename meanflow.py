@@ -70,12 +70,12 @@ def shift_time(t, alpha):
 
 
 def alpha_of(channels, grid):
-    """The paper's alpha, sqrt(C G G / 4096): 6.93 for ImageNet 256 (C = 768, G = 16), 13.86 at 512."""
+    """The paper's alpha, sqrt(C G G / 4096): 6.93 at 256 (C = 768, G = 16) and 13.86 at 512."""
     return (channels * grid**2 / 4096) ** 0.5
 
 
 def flow_matching_times(normal, alpha):
-    """Standard normal numbers (B,) -> the teacher's times (B,): logit-normal(0, 1), then shifted."""
+    """Standard normal numbers (B,) -> times (B,) of stage flow: logit-normal(0, 1), shifted."""
     return shift_time(normal.sigmoid(), alpha)
 
 
@@ -106,7 +106,7 @@ def solve_flow(v, noise, y, steps, alpha, solver="euler", last_only=False):
     """E3: integrate dz/dt = v(z, t, y) from noise (t = 1) to data (t = 0) over shifted times.
 
     Euler evaluates v once a step, Heun twice. Returns (trajectory, times), both from noise to data:
-    (steps + 1, B, ...), or (1, B, ...) with last_only, and (steps + 1,). The last time is exactly 0.
+    (steps + 1, B, ...), or (1, B, ...) with last_only, and (steps + 1,). The last time is 0.
     Raises ValueError for steps < 1 and for another solver.
     """
     if steps < 1 or solver not in ("euler", "heun"):
@@ -262,7 +262,7 @@ def drift_field(s, data, samples, temperature, jitter=None):
 @torch.no_grad()
 def drift_target(student, x, y, noise, num_moved, reencode=None, temperature=0.05,
                  per_token=False, jitter=None):
-    """E8: e - (s + drift), where s = e - u(e, 1, y, 0) is the student's one-step sample as it is now.
+    """E8: e - (s + drift), where s = e - u(e, 1, y, 0) is the student's one-step sample now.
 
     A row is a class: labels y (B,), noise (B, M, ...) of M samples, and real latents x (B, m, ...).
     Of each row the first num_moved samples are moved; the others only push them. The drift is
@@ -335,7 +335,7 @@ class MLP(torch.nn.Module):
     def __init__(self, width=128, depth=5):
         super().__init__()
         self.register_buffer("frequencies", torch.pi * torch.tensor([0.5, 1, 2]))
-        self.first = torch.nn.Linear(2 + 1 + 6 + 6, width)                      # z, t, sines, cosines
+        self.first = torch.nn.Linear(2 + 1 + 6 + 6, width)                      # z, t, sin, cos
         self.gap = torch.nn.Linear(1, width, bias=False)
         torch.nn.init.zeros_(self.gap.weight)
         self.hidden = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(depth - 1))
@@ -385,7 +385,7 @@ def fit(points):
     Both are of a histogram with bins of side 0.2, on [-2.8, 2.8]^2.
     """
     dark = torch.arange(4)[:, None] % 2 == torch.arange(4) % 2                  # (4, 4) squares
-    density = torch.kron(dark / 8, torch.ones(5, 5) / 25)                       # (20, 20), [-2, 2]^2
+    density = torch.kron(dark / 8, torch.ones(5, 5) / 25)                       # (20, 20)
     density = F.pad(density, [4] * 4)                                           # (28, 28)
     counts, _ = torch.histogramdd(points, [28, 28], [-2.8, 2.8, -2.8, 2.8])     # (28, 28)
     share = counts / len(points)
@@ -396,42 +396,36 @@ def fit(points):
 
 def cloud(points, side):
     """Points (M, 2) -> PIL image (side, side) of their density, from white over blue to black."""
-    from PIL import Image
+    from PIL import Image, ImageOps
     counts, _ = torch.histogramdd(points, [112, 112], [-2.8, 2.8, -2.8, 2.8])   # (112, 112)
     level = 3200 * counts.T.flip(0) / len(points)                               # 1 where data are
     level = F.avg_pool2d(level[None], 3, 1, 1)[0].clamp(max=1.5) / 1.5          # less grain
-    stops = torch.tensor([[255, 255, 255], [107, 174, 214], [8, 81, 156], [3, 19, 43.]])
-    place = level * (len(stops) - 1)                                            # (112, 112)
-    below = place.long().clamp(max=len(stops) - 2)
-    colours = torch.lerp(stops[below], stops[below + 1], (place - below)[..., None])
-    image = Image.fromarray(colours.byte().numpy())                             # (112, 112, 3)
+    image = Image.fromarray((255 * level).byte().numpy())
+    image = ImageOps.colorize(image, "white", "midnightblue", mid="cornflowerblue")
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def draw(panels, paths=(), columns=4, side=224):
-    """A picture of panels, {title: points (M, 2)}, `columns` a row.
-
-    paths, {title: (points behind, {colour: lines (points, lines, 2)})}, are drawn after them. The
-    picture is drawn at twice its size and scaled down, so that lines and letters are smooth.
+def draw(panels, columns=4, side=224):
+    """A picture of panels, {title: (points, lines)}: a cloud of points (M, 2) in each, and over it
+    lines, {colour: (points, lines, 2)}. Drawn at twice its size, so that lines are smooth.
     """
     from PIL import Image, ImageDraw
-    panels = {title: (points, {}) for title, points in panels.items()} | dict(paths)
     rows = -(-len(panels) // columns)
     big = 2 * side
     picture = Image.new("RGB", (columns * (big + 32), rows * (big + 80)), "white")
     pen = ImageDraw.Draw(picture)
 
     for number, (title, (points, lines)) in enumerate(panels.items()):
-        left = number % columns * (big + 32) + 16
-        top = number // columns * (big + 80) + 64
+        row, column = divmod(number, columns)
+        corner = torch.tensor([column * (big + 32) + 16, row * (big + 80) + 64])
+        left, top = corner.tolist()
         pen.text((left, top - 48), title, "black", font_size=32)
         picture.paste(cloud(points, big), (left, top))
         for colour, curves in lines.items():
-            pixels = (curves * torch.tensor([1, -1]) + 2.8) * big / 5.6 + torch.tensor([left, top])
-            for curve in pixels.transpose(0, 1).tolist():
-                pen.line([tuple(point) for point in curve], colour, 4)
-                x, y = curve[-1]
-                pen.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
+            pixels = (curves * torch.tensor([1, -1]) + 2.8) * big / 5.6 + corner
+            for curve in pixels.transpose(0, 1):
+                pen.line(curve.flatten().tolist(), colour, 4)
+                pen.circle(curve[-1].tolist(), 7, colour)
     return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
 
 
@@ -440,7 +434,7 @@ def demo():
     torch.manual_seed(0)
     noise = torch.randn(20_000, 2)
     y = torch.zeros(20_000)                                                     # one class
-    panels = {"data": checkerboard(20_000)}
+    samples = {"data": checkerboard(20_000)}
 
     def flow_batch(v):
         x, e = checkerboard(512), torch.randn(512, 2)
@@ -453,58 +447,55 @@ def demo():
         pairs = torch.randint(136, (64, 8))
         return mid_training_target(teacher, torch.randn(64, 2), y[:64], alpha=1, pairs=pairs)
 
-    def mean_flow_batch(u, distill):
+    def bootstrap_batch(u, teacher=None):
         x, e = checkerboard(512), torch.randn(512, 2)
-        jumps = torch.arange(512) % 2 == 0
-        t, r = mean_flow_times(torch.rand(512, 2), 1, jumps, torch.zeros(512, dtype=torch.bool))
+        jumps = torch.arange(512) % 2 == 0                                      # half have r < t
+        t, r = mean_flow_times(torch.rand(512, 2), 1, jumps, torch.zeros_like(jumps))
         z = interpolate(x, e, t)
-        v = teacher(z, t, y[:512]) if distill else e - x
+        v = teacher(z, t, y[:512]) if teacher else e - x
         return (z, t, y[:512], r), mean_flow_target(u, z, t, r, y[:512], v)
 
     def distill_batch(u):
-        return mean_flow_batch(u, distill=True)
-
-    def bootstrap_batch(u):
-        return mean_flow_batch(u, distill=False)
+        return bootstrap_batch(u, teacher)
 
     def drift_batch(u):
         return drift_target(u, checkerboard(1, 256), y[:1], torch.randn(1, 256, 2), num_moved=64)
 
-    # (what a batch is, steps, learning rate, p of the loss)
-    stages = {
-        "mid": (mid_batch, 1500, 3e-3, 0),
-        "distill": (distill_batch, 1500, 1e-3, 0),
-        "bootstrap": (bootstrap_batch, 400, 3e-4, 0),
-        "drift": (drift_batch, 2000, 1e-3, 0),
-    }
-    for steps in (25, 1):
-        walk, _ = solve_flow(teacher, noise, y, steps, alpha=1)                 # (steps + 1, M, 2)
-        panels[f"teacher, {steps} step" + "s" * (steps > 1)] = walk[-1]
+    walk, _ = solve_flow(teacher, noise, y, 25, alpha=1)                        # (26, M, 2)
+    samples["teacher, 25 steps"] = walk[-1]
+    samples["teacher, 1 step"] = sample(teacher, noise, y)
     student = teacher
-    for stage, (batch_of, steps, lr, adaptive_p) in stages.items():
+    for stage, batch_of, steps, lr in (
+        ("mid", mid_batch, 1500, 3e-3),
+        ("distill", distill_batch, 1500, 1e-3),
+        ("bootstrap", bootstrap_batch, 400, 3e-4),
+        ("drift", drift_batch, 2000, 1e-3),
+    ):
         student = copy.deepcopy(student).requires_grad_(True)
-        student = train_demo(stage, student, batch_of, steps, lr, adaptive_p)
-        panels[f"{stage}, 1 step"] = sample(student, noise, y)
+        student = train_demo(stage, student, batch_of, steps, lr)
+        samples[f"{stage}, 1 step"] = sample(student, noise, y)
 
     print(f"\n{'':20}on dark squares    total variation from the data")
-    for title, points in panels.items():
+    for title, points in samples.items():
         on_dark, variation = fit(points)
         print(f"{title:20}{on_dark:15.1%}{variation:35.1%}")
 
-    walk, _ = solve_flow(teacher, noise, y, 25, alpha=1)                        # (26, M, 2)
-    jumped = panels["drift, 1 step"]                                            # (M, 2)
+    jumped = samples["drift, 1 step"]                                           # (M, 2)
     lines = {"royalblue": walk[:, :14], "crimson": torch.stack([noise[:14], jumped[:14]])}
-    paths = {"teacher (blue), drift (red)": (panels["data"], lines)}
-    draw(panels, paths).save("meanflow.png")
+    panels = {title: (points, {}) for title, points in samples.items()}
+    panels["teacher (blue), drift (red)"] = samples["data"], lines
+    draw(panels).save("meanflow.png")
 
     frames = []
     for step, points in enumerate(walk):
-        titles = f"teacher: {step} of 25 steps", f"drift: {min(step, 1)} of 1 step"
-        frames.append(draw({titles[0]: points, titles[1]: jumped if step else noise}, columns=2))
-    durations = [120] * 25 + [3000]                                             # milliseconds
-    frames[0].save("meanflow.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    print("\nWrote meanflow.png, a panel for each stage, and meanflow.gif, 25 steps of the teacher beside\n"
-          "one step of drift.")
+        panels = {f"teacher: {step} of 25 steps": (points, {}),
+                  f"drift: {min(step, 1)} of 1 step": (jumped if step else noise, {})}
+        frames.append(draw(panels, columns=2))
+    milliseconds = [120] * 25 + [3000]
+    frames[0].save("meanflow.gif", save_all=True, append_images=frames[1:],
+                   duration=milliseconds, loop=0)
+    print("\nWrote meanflow.png, a panel for each stage, and meanflow.gif, 25 steps of the\n"
+          "teacher beside one step of drift.")
 
 
 if __name__ == "__main__":
