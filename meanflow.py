@@ -28,6 +28,7 @@ The direction, everywhere:  t = 1 is noise, t = 0 is data, and r <= t.
 Nothing here draws a random number, knows what an image is, or asks what a network looks like: v and
 u may be any callables, and whoever trains them passes noise, times and labels in.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -219,7 +220,7 @@ def mean_flow_target(student, z, t, r, y, v, derivative="jvp", delta=5e-3):
     is wrong, du/dt is wrong too: the target holds this error times (t - r), and the network learns
     it. That is why training explodes from a start that is far from the solution.
     """
-    target = v.to(z.dtype)
+    target = v.detach().to(z.dtype)
     jumps = (r < t).nonzero()[:, 0]                                             # (K,), of B rows
     if len(jumps) == 0:
         return target
@@ -286,7 +287,7 @@ def drift_target(student, x, y, noise, num_moved, reencode=None, temperature=0.0
             return latents.flatten(2).permute(2, 0, 1)                          # (N, m, C)
         return latents.flatten(1)[None]                                         # (1, m, D)
 
-    temperatures = torch.atleast_1d(torch.as_tensor(temperature)).tolist()
+    temperatures = np.atleast_1d(temperature).tolist()
     drift = torch.zeros_like(moved)                                             # (B, n, ...)
     for row, (real, fake) in enumerate(zip(x, samples)):
         directions = None if jitter is None else points(jitter[row])

@@ -1,10 +1,16 @@
-"""Tests of every claim of the code: against closed forms, slow loops and the real command lines. CPU, some minutes.
-    python -m pytest test_all.py            # pip install pytest
+"""Tests of every claim of the code: against closed forms, slow loops and the real command lines.
+
+    python -m pytest test_all.py            # pip install pytest; a CPU, some minutes
     python -m pytest test_all.py -k flow    # only the tests with "flow" in their names
+    python test_all.py                      # explains --bench, --memory and --gpu
+
+The order is README's: the theory, the networks, the scores, the loop, what a run promises, and the
+command lines. The theory is tested on flows of which both velocities are known in closed form.
 """
 import argparse
 import copy
 import fcntl
+import gc
 import json
 import math
 import multiprocessing
@@ -13,11 +19,16 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import weakref
+import zipfile
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -42,8 +53,9 @@ import sample
 import train
 
 HERE = Path(__file__).resolve().parent
-torch.set_num_threads(1)  # the tests also start processes, and more threads than cores are slower
-TINY_VIT = "test_vit.r160_in1k"  # of timm, for tests: patches of 16, 64 channels, a class token, pixels in [-1, 1]
+TINY_VIT = "test_vit.r160_in1k"  # of timm, for tests: patches of 16, 64 channels, a class token
+torch.set_num_threads(1)  # the tests also start processes; more threads than cores are slower
+
 
 @pytest.fixture(autouse=True)
 def seed_and_no_files_left(tmp_path):
@@ -51,401 +63,1842 @@ def seed_and_no_files_left(tmp_path):
     yield
     shutil.rmtree(tmp_path)
 
+
 def relative(a, b):
-    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
+    """The relative error of a against b."""
+    a = a.detach().double()
+    b = b.detach().double()
+    return float((a - b).norm() / b.norm())
+
 
 def saved(content, path, save=torch.save):
+    """Save content at path, whose folder need not exist -> path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save(content, path)
     return path
 
-# --- dit.py -----------------------------------------------------------------------------------------------------------
 
-def small_dit(average_velocity=False, hidden_size=(24, 32), depth=(2, 2), num_heads=(2, 2)):
-    """Every weight is random: a fresh network is zero everywhere, which would hide mistakes."""
-    net = dit.DiTDH(4, 8, hidden_size, depth, num_heads, 10, average_velocity)
-    for p in net.parameters():
-        p.data.normal_(0, 0.2)
-    return net
-
-@pytest.mark.parametrize("grid, average_velocity, cost", ((16, False, (838.4, 161.6)), (32, True, (840.3, 702.8))))
-def test_dit_xl_has_the_published_tensors_and_the_full_cost(grid, average_velocity, cost):
-    with torch.device("meta"):
-        net = dit.DiTDH(grid, 768, num_classes=1000, average_velocity=average_velocity, **dit.MODELS["XL"])
-        t, y = torch.ones(1), torch.zeros(1, dtype=torch.long)
-        parameters, macs = dit.count(net, torch.empty(1, 768, grid, grid), t, y, t)
-    assert (round(parameters / 1e6, 1), round(macs / 1e9, 1)) == cost
-    shapes = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    expected = {"pos_embed": (1, grid**2, 1152), "enc_feat_rope.freqs_cos": (grid**2, 72), "t_embedder.W": (256,),
-                "dec_feat_rope.freqs_sin": (grid**2, 128), "y_embedder.embedding_table.weight": (1001, 1152),
-                "x_embedder.proj.weight": (2048, 768, 1, 1), "s_embedder.proj.weight": (1152, 768, 1, 1),
-                "s_projector.weight": (2048, 1152), "final_layer.linear.weight": (768, 2048),
-                "blocks.27.attn.qkv.weight": (3456, 1152), "blocks.28.attn.qkv.weight": (6144, 2048),
-                "blocks.29.mlp.w12.weight": (10922, 2048), "blocks.29.adaLN_modulation.1.weight": (12288, 2048)}
-    assert {k: shapes.get(k) for k in expected} == expected
-    assert len(shapes) == 382 + 5 * average_velocity and ("r_embedder.mlp.2.weight" in shapes) == average_velocity
-
-def test_dit_against_a_plain_forward():
-    """One image, token by token and head by head. Positions turn queries and keys as complex numbers."""
-    net = small_dit(True).double().requires_grad_(False)
-    p, z, time, r, y = net.state_dict(), torch.randn(8, 4, 4, dtype=torch.float64), 0.8, 0.3, 7
-    linear = lambda x, name: x @ p[f"{name}.weight"].flatten(1).T + p[f"{name}.bias"]
-    silu = lambda x: x / (1 + (-x).exp())
-    norm = lambda x, name: x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() * p[f"{name}.weight"]
-    row, column = torch.arange(16).double()[:, None] // 4, torch.arange(16).double()[:, None] % 4
-    frequency = lambda num: 10000.0 ** (-torch.arange(num).double() / num)
-    def embed(time, name):
-        angle = 2 * math.pi * time * p[f"{name}.W"]
-        return linear(silu(linear(torch.cat([angle.sin(), angle.cos()]), f"{name}.mlp.0")), f"{name}.mlp.2")
-    def turn(x):
-        angle = torch.cat([row * frequency(x.shape[1] // 4), column * frequency(x.shape[1] // 4)], 1)
-        turned = torch.view_as_complex(x.unflatten(1, (-1, 2))) * torch.exp(1j * angle)
-        return torch.view_as_real(turned).flatten(1)
-    def block(x, c, name):
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(silu(c), f"{name}.adaLN_modulation.1").chunk(6, -1)
-        h = norm(x, f"{name}.norm1") * (1 + scale1) + shift1
-        heads = zip(*(a.chunk(2, 1) for a in linear(h, f"{name}.attn.qkv").chunk(3, 1)))        # 2 x (q, k, v)
-        attended = [(turn(q) @ turn(k).T / q.shape[1] ** 0.5).softmax(1) @ v for q, k, v in heads]
-        x = x + gate1 * linear(torch.cat(attended, 1), f"{name}.attn.proj")
-        h = norm(x, f"{name}.norm2") * (1 + scale2) + shift2
-        gate, value = linear(h, f"{name}.mlp.w12").chunk(2, 1)
-        return x + gate2 * linear(silu(gate) * value, f"{name}.mlp.w3")
-    embedded = embed(time, "t_embedder") + embed(time - r, "r_embedder")                        # (24,)
-    c, tokens = silu(embedded + p["y_embedder.embedding_table.weight"][y]), z.flatten(1).T      # (24,), (16, 8)
-    positions = torch.cat([f(axis * frequency(6)) for axis in (column, row) for f in (torch.sin, torch.cos)], 1)
-    s = block(block(linear(tokens, "s_embedder.proj") + positions, c, "blocks.0"), c, "blocks.1")
-    s = linear(silu(s + embedded), "s_projector")
-    x = block(block(linear(tokens, "x_embedder.proj"), s, "blocks.2"), s, "blocks.3")
-    shift, scale = linear(silu(s), "final_layer.adaLN_modulation.1").chunk(2, 1)
-    x = linear(norm(x, "final_layer.norm_final") * (1 + scale) + shift, "final_layer.linear")
-    assert relative(net(z[None], times(time), torch.tensor([y]), times(r)).flatten(2)[0].T, x) < 1e-6
-
-def test_dit_initial_weights():
-    net = dit.DiTDH(4, 48, (64, 96), (2, 2), (2, 2), 100, average_velocity=True)
-    uniform = lambda p, bound: 0.8 * bound < p.abs().max() <= bound and abs(p.mean()) < 0.2 * bound
-    for name, layer in net.named_modules():
-        if "adaLN" in name and hasattr(layer, "weight") or name in ("final_layer.linear", "r_embedder.mlp.2"):
-            assert not layer.weight.any() and not layer.bias.any(), name
-        elif isinstance(layer, torch.nn.Linear):                                                # PyTorch's default
-            assert uniform(layer.bias, layer.in_features**-0.5), name
-            assert uniform(layer.weight, layer.in_features**-0.5) != name.startswith("t_embedder"), name
-        elif isinstance(layer, torch.nn.Conv2d):                                                # Xavier
-            assert uniform(layer.weight, (6 / sum(layer.weight.shape[:2])) ** 0.5) and not layer.bias.any(), name
-    for layer in (net.y_embedder.embedding_table, net.t_embedder.mlp[0], net.t_embedder.mlp[2]):
-        assert 0.019 < layer.weight.std() < 0.021 and layer.weight.abs().max() > 0.05           # normal
-    assert 0.8 < net.t_embedder.W.std() < 1.2 and net.r_embedder.W.min() < -1                   # standard normal
-    assert not net(torch.randn(2, 48, 4, 4), torch.rand(2), torch.arange(2), torch.zeros(2)).any()
-
-def test_student_starts_as_its_teacher_and_every_weight_learns():
-    teacher, z, t, y = small_dit(), torch.randn(6, 8, 4, 4), torch.rand(6), torch.arange(6)
-    student = dit.student_of(teacher)
-    assert torch.equal(student(z, t, y, t * torch.rand(6)), teacher(z, t, y))
-    student(z, t, y, t / 2).square().sum().backward()
-    still = {name for name, p in student.named_parameters() if not p.grad.any()}
-    assert still == {"r_embedder.mlp.0.weight", "r_embedder.mlp.0.bias"}                        # before a zero layer
-
-def test_checkpointing_changes_memory_and_nothing_else():
-    decoder, network, t = rae.Decoder(6, 2, 8, 16, 2, 2, 40), small_dit(True), torch.tensor([0.3, 0.8])
-    inputs = torch.randn(2, 8, 4, 4), t, torch.tensor([1, 2]), t / 2
-    for net, inputs in ((decoder, [torch.randn(3, 6, 2, 2)]), (network, inputs)):
-        gradients, kept = [], []
-        for net.checkpointing in (False, True):
-            sizes = []
-            with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-                loss = net(*inputs).square().sum()
-            gradients.append(torch.autograd.grad(loss, list(net.parameters())))
-            kept.append(sum(sizes))
-        assert all(torch.equal(a, b) for a, b in zip(*gradients)) and kept[1] < kept[0] / 2
-
-def test_a_network_loads_from_its_own_checkpoint_and_from_published_weights(tmp_path):
-    own = small_dit(False, (64, 64), (5, 3), (4, 2))
-    contents = [(own, {"model": small_dit().state_dict(), "ema": own.state_dict(), "network": own.config})]
-    for average_velocity in (False, True):
-        net = small_dit(average_velocity, **dit.MODELS["toy"])
-        contents += [(net, net.state_dict()), (net, {"ema": net.state_dict()}), (net, {"model": net.state_dict()})]
-    z, t, y = torch.randn(3, 8, 4, 4), torch.rand(3), torch.arange(3)
-    for number, (net, content) in enumerate(contents):
-        loaded, read = dit.load_network(saved(content, tmp_path / f"{number}.pt"))
-        assert loaded.config == net.config and read.keys() == content.keys()
-        assert torch.equal(loaded(z, t, y, t / 2), net(z, t, y, t / 2))
-        assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-
-def test_a_file_without_a_usable_network_is_refused_by_name(tmp_path):
-    state = small_dit().state_dict()
-    diverged = {"ema": state | {"s_projector.bias": torch.full((32,), float("nan"))}, "network": small_dit().config}
-    for content, problem in (({"model": published_decoder(16, 6, 4, 8, 40)}, "holds no velocity network"),
-                             ({"var": torch.ones(2)}, "holds no velocity network"),
-                             (state, r"widths \(24, 32\)"),
-                             (diverged, "s_projector.bias is not finite")):
-        with pytest.raises(SystemExit, match=f"x.pt: {problem}"):
-            dit.load_network(saved(content, tmp_path / "x.pt"))
-
-# --- meanflow.py, against flows with both velocities in closed form ---------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The theory: meanflow.py
+#
+# Both velocities are known in closed form where every coordinate of the data is drawn from the same
+# mixture of Gaussians. v is an average of each component's velocity, and u follows from quantiles:
+# on a line no path crosses another, so a point keeps its quantile from noise to data. Neither needs
+# a network, a step size or this code, so they are the truth: a target of the exact u must be u, and
+# a solver must land on z - u. What is left is error of second order where differences are taken.
 
 def times(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
-def flow_of_a_mixture(weight, mean, std):
-    """(v, u) in closed form. Every coordinate of a latent is drawn from the same mixture of Gaussians."""
-    def mixture(z, t):
-        """Distribution function and density of z_t, and the velocity E[e - x | z_t], each like z."""
-        z, t = z[..., None], meanflow.expand(t, z)[..., None]
-        variance, offset = ((1 - t) * std) ** 2 + t**2, z - (1 - t) * mean
-        below = weight * (1 + (offset / (2 * variance).sqrt()).erf()) / 2
-        mass = weight * (-offset**2 / (2 * variance)).exp() / (2 * math.pi * variance).sqrt()
-        velocity = offset * (t - (1 - t) * std**2) / variance - mean                            # of each component
-        return below.sum(-1), mass.sum(-1), (mass * velocity).sum(-1) / mass.sum(-1)
-    def move(z, t, r):
-        """z_r. On a line no path crosses another, so a point keeps its quantile."""
-        quantile, low, high = mixture(z, t)[0], torch.full_like(z, -16), torch.full_like(z, 16)
+
+def mixture(z, t, weight, mean, std):
+    """Of z_t at z: distribution function, density and E[e - x | z_t = z], each like z."""
+    z = z[..., None]                                                # (..., components)
+    t = meanflow.expand(t, z)
+    offset = z - (1 - t) * mean
+    variance = ((1 - t) * std) ** 2 + t**2
+
+    below = weight * (1 + (offset / (2 * variance).sqrt()).erf()) / 2
+    mass = weight * (-(offset**2) / (2 * variance)).exp() / (2 * math.pi * variance).sqrt()
+    velocity = offset * (t - (1 - t) * std**2) / variance - mean    # of each component
+    density = mass.sum(-1)
+    return below.sum(-1), density, (mass * velocity).sum(-1) / density
+
+
+def flow_of_a_mixture(*components):
+    """(v, u) in closed form, of weights, means and standard deviations."""
+    def v(z, t, y):
+        return mixture(z, t, *components)[2]
+
+    def point_at(z, t, r):
+        """z_r, the point that has at time r the quantile of z at time t: by bisection."""
+        quantile, _, _ = mixture(z, t, *components)
+        low = torch.full_like(z, -16)
+        high = torch.full_like(z, 16)
         for _ in range(50):
             middle = (low + high) / 2
-            below = mixture(middle, r)[0] < quantile
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        reached, density, _ = mixture(low, r)
-        return low + (quantile - reached) / density                                             # carries derivatives
+            is_below = mixture(middle, r, *components)[0] < quantile
+            low = torch.where(is_below, middle, low)
+            high = torch.where(is_below, high, middle)
+
+        reached, density, _ = mixture(low, r, *components)
+        return low + (quantile - reached) / density                 # Newton: carries derivatives
+
     def u(z, t, y, r):
         gap = meanflow.expand(t - r, z)
-        return torch.where(gap == 0, v(z, t, y), (z - move(z, t, r)) / torch.where(gap == 0, 1, gap))
-    v = lambda z, t, y: mixture(z, t)[2]
+        average = (z - point_at(z, t, r)) / torch.where(gap == 0, 1, gap)
+        return torch.where(gap == 0, v(z, t, y), average)
     return v, u
 
-def latents(n, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, 2, 2, dtype=torch.float64, generator=generator), torch.zeros(n, dtype=torch.long)
 
-WEIGHT, MEAN, STD = times(0.4, 0.6), times(-1.0, 0.8), times(0.5, 0.3)
-FLOWS = {"gaussian": flow_of_a_mixture(times(1.0), times(0.0), times(0.6)),
-         "mixture": flow_of_a_mixture(WEIGHT, MEAN, STD)}
+def latents(num, seed=0):
+    """Noise (num, 3, 2, 2) and labels, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(num, 3, 2, 2, dtype=torch.float64, generator=generator)
+    return noise, torch.zeros(num, dtype=torch.long)
+
+
+def order_of(errors):
+    """The order of a method, from its errors at a step size and at half of it."""
+    before, after = errors
+    return math.log2(before / after)
+
+
+def noting(calls, network):
+    """The network, which also notes the inputs of every call, and whether it keeps a graph."""
+    def noted(z, t, y, r=None):
+        calls.append(SimpleNamespace(z=z, t=t, y=y, r=r, keeps_graph=torch.is_grad_enabled()))
+        return network(z, t, y) if r is None else network(z, t, y, r)
+    return noted
+
+
+def in_16_bits(z, t, y, r=None):
+    """A network that answers as it would under autocast."""
+    return z.bfloat16()
+
+
+WEIGHT = times(0.4, 0.6)
+MEAN = times(-1.0, 0.8)
+STD = times(0.5, 0.3)
+FLOWS = {
+    "gaussian": flow_of_a_mixture(times(1.0), times(0.0), times(0.6)),
+    "mixture": flow_of_a_mixture(WEIGHT, MEAN, STD),
+}
 both_flows = pytest.mark.parametrize("v, u", FLOWS.values(), ids=FLOWS)
 both_solvers = pytest.mark.parametrize("solver, order", (("euler", 1), ("heun", 2)))
+
+
+# The truth itself
 
 @both_flows
 def test_average_velocity_in_closed_form_is_the_integral_of_the_velocity(v, u):
     z, y = latents(1)
-    right_side = lambda t, z: v(torch.from_numpy(z).view(1, 3, 2, 2), times(t), y).flatten().numpy()
-    end = scipy.integrate.solve_ivp(right_side, (0.8, 0.1), z.flatten(), "DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
-    assert relative(0.7 * u(z, times(0.8), y, times(0.1)), z - torch.from_numpy(end).view_as(z)) < 1e-11
 
-def test_times_are_shifted_and_of_two_the_later_is_t():
-    t, normal = torch.linspace(0, 1, 101, dtype=torch.float64), torch.linspace(-4, 4, 9, dtype=torch.float64)
-    assert torch.allclose(meanflow.shift_time(meanflow.shift_time(t, 6.93), 1 / 6.93), t)
-    assert round(float(meanflow.shift_time(torch.tensor(15 / 16), 6.93)), 3) == 0.990
-    assert [round(meanflow.alpha_of(768, grid), 2) for grid in (16, 32)] == [6.93, 13.86]
-    assert torch.allclose(meanflow.flow_matching_times(normal, 3.0).logit(), normal + math.log(3), rtol=1e-12)
-    t, r = meanflow.mean_flow_times(torch.rand(2, 10_000), torch.arange(10_000) % 4 == 0, 5.0)
-    assert (r <= t).all() and (r < t).float().mean() == 0.25 and 0 <= r.min() and t.max() <= 1
-    assert abs((t + r)[::4].mean() / 2 - (1.25 - 5 / 16 * math.log(5))) < 0.01                  # of 5 t / (1 + 4 t)
-    assert torch.equal(t[1::4], r[1::4]) and abs(t[1::4].mean() - t[::4].mean()) < 0.03         # the later of the two
+    def right_side(t, z):
+        z = torch.from_numpy(z).view(1, 3, 2, 2)
+        return v(z, times(t), y).flatten().numpy()
 
-def test_times_that_are_not_given_are_drawn_with_the_shift_and_the_share():
-    seen, x = [], torch.zeros(1000, 1)
-    spy = lambda z, t, *others: seen.append(t) or z                                             # model and du/dt
-    meanflow.flow_matching_loss(spy, x, x, 1e3)
-    meanflow.mean_flow_loss(spy, x, x, 1e3, ratio_r_not_equal_t=0.4, du_dt=spy)
-    assert [round(len(t), -2) for t in seen] == [1000, 400, 1000]
-    assert all(t.mean() > 0.97 for t in seen)
+    path = scipy.integrate.solve_ivp(
+        right_side, (0.8, 0.1), z.flatten(), "DOP853", rtol=1e-12, atol=1e-13)
+    end = torch.from_numpy(path.y[:, -1]).view_as(z)
+
+    assert relative(0.7 * u(z, times(0.8), y, times(0.1)), z - end) < 1e-11
+
+
+@pytest.mark.parametrize("t", (0.9, 0.7, 0.5))
+def test_the_target_of_flow_matching_is_the_velocity_on_average(t):
+    """What is left of e - x when v(z_t) is taken from it is orthogonal to every function of z_t."""
+    v, _ = FLOWS["mixture"]
+    x, e, weight = quadrature()
+    t = times(t).expand(len(x))
+    z = meanflow.interpolate(x, e, t)
+
+    left = weight * (e - x - v(z, t, None))                         # (M, 1)
+
+    for function in (torch.ones_like, torch.sin, torch.square):
+        assert abs((left * function(z)).sum()) < 1e-12
+
+
+def quadrature():
+    """Data x and noise e (M, 1) of the mixture on a grid, and their weights.
+
+    So fine a grid makes a sum of smooth functions exact to rounding.
+    """
+    steps = torch.arange(-50, 51).double()
+    x_and_e = torch.cartesian_prod(0.12 * steps, 0.16 * steps)
+    x, e = x_and_e.split(1, dim=1)
+
+    of_components = WEIGHT / STD * (-(((x - MEAN) / STD) ** 2) / 2).exp()
+    weight = of_components.sum(1, keepdim=True) * (-(e**2) / 2).exp()
+    return x, e, weight / weight.sum()
+
+
+# The loss
+
+def test_interpolate_goes_straight_from_data_to_noise():
+    x, noise = torch.randn(2, 5, 8, 4, 4)
+    t = torch.rand(5)
+
+    z = meanflow.interpolate(x, noise, t)
+    later = meanflow.interpolate(x, noise, t + 0.25)
+
+    assert torch.equal(meanflow.interpolate(x, noise, torch.zeros(5)), x)
+    assert torch.equal(meanflow.interpolate(x, noise, torch.ones(5)), noise)
+    assert torch.allclose(z[3], (1 - t[3]) * x[3] + t[3] * noise[3])
+    assert relative((later - z) / 0.25, noise - x) < 1e-5           # dz/dt
+
+
+@pytest.mark.parametrize("adaptive_p, of_error", (
+    (0, lambda error: error),
+    (0.5, lambda error: 2 * math.sqrt(error + 0.001 / 128)),
+    (1, lambda error: math.log(error + 0.001 / 128)),
+), ids=("mean", "root", "log"))
+def test_loss_is_the_mean_of_a_function_of_each_samples_error(adaptive_p, of_error):
+    prediction, target = torch.randn(2, 5, 8, 4, 4, dtype=torch.float64)
+    errors = [float(((a - b) ** 2).mean()) for a, b in zip(prediction, target)]
+    prediction.requires_grad_()
+
+    loss, mse = meanflow.regression_loss(prediction, target, adaptive_p)
+
+    assert loss.item() == pytest.approx(np.mean([of_error(error) for error in errors]), rel=1e-12)
+    assert mse.item() == pytest.approx(np.mean(errors), rel=1e-12)
+    assert loss.requires_grad
+    assert not mse.requires_grad
+
+
+@pytest.mark.parametrize("adaptive_p, derivative", ((1, "jvp"), (0.5, "fd"), (0, "jvp")))
+def test_loss_has_the_gradient_of_the_adaptive_weighting(adaptive_p, derivative):
+    """Of L / (L + 0.001 / D)^p, with the target and the weight of each sample held fixed."""
+    net = small_dit(True).double()
+    x, noise = torch.randn(2, 5, 8, 4, 4, dtype=torch.float64)
+    y = torch.arange(5)
+    t = times(0.9, 0.8, 0.7, 0.6, 0.5)
+    r = times(0.9, 0.1, 0.7, 0.2, 0.5)
+    z = meanflow.interpolate(x, noise, t)
+    v = noise - x
+
+    target = meanflow.mean_flow_target(net, z, t, r, y, v, derivative, 0.02)
+    loss, mse = meanflow.regression_loss(net(z, t, y, r), target, adaptive_p)
+
+    du_dt = meanflow.total_derivative(net, z, t, r, y, v, derivative, 0.02)
+    by_hand = v - meanflow.expand(t - r, x) * du_dt
+    error = (net(z, t, y, r) - by_hand).square().flatten(1).mean(1)
+    weight = 1 / (error.detach() + 1e-3 / 128) ** adaptive_p
+    expected = (weight * error).mean()
+    last_layer = net.final_layer.linear.weight
+    gradients = [torch.autograd.grad(value, last_layer)[0] for value in (loss, expected)]
+    assert relative(*gradients) < 1e-10
+    assert mse.item() == pytest.approx(error.mean().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("adaptive_p", (0, 0.5, 1))
+def test_loss_has_a_finite_value_and_no_gradient_where_the_prediction_is_perfect(adaptive_p):
+    target = torch.randn(5, 8, 4, 4)
+    prediction = target.clone().requires_grad_()
+
+    loss, mse = meanflow.regression_loss(prediction, target, adaptive_p)
+    loss.backward()
+
+    assert loss.isfinite()
+    assert mse == 0
+    assert not prediction.grad.any()                                # nor is it 0 / 0
+
+
+def test_adaptive_weighting_keeps_one_huge_error_from_deciding_the_step():
+    target = torch.zeros(2, 8)
+    prediction = torch.tensor([[1.0], [1000.0]]).expand(2, 8).clone().requires_grad_()
+
+    squared, _ = meanflow.regression_loss(prediction, target, 0)
+    log, _ = meanflow.regression_loss(prediction, target, 1)
+
+    ratios = []
+    for loss in (squared, log):
+        small, huge = torch.autograd.grad(loss, prediction)[0].norm(dim=1).tolist()
+        ratios.append(huge / small)
+    assert ratios[0] == pytest.approx(1000)
+    assert ratios[1] == pytest.approx(1 / 1000, rel=1e-3)
+
+
+# Times
+
+def test_shift_keeps_0_and_1_and_the_order_of_times():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+
+    shifted = meanflow.shift_time(t, 6.93)
+
+    assert shifted[0] == 0
+    assert shifted[-1] == 1
+    assert (shifted.diff() > 0).all()
+    assert torch.allclose(meanflow.shift_time(shifted, 1 / 6.93), t)
+
+
+def test_shift_is_that_of_the_paper():
+    shifted = meanflow.shift_time(torch.tensor(15 / 16), 6.93)
+
+    assert round(float(shifted), 3) == 0.990
+    assert round(meanflow.alpha_of(768, 16), 2) == 6.93
+    assert round(meanflow.alpha_of(768, 32), 2) == 13.86
+
+
+def test_times_of_flow_matching_are_logit_normal_and_shifted():
+    normal = torch.linspace(-4, 4, 9, dtype=torch.float64)
+
+    t = meanflow.flow_matching_times(normal, 3.0)
+
+    assert torch.allclose(t.logit(), normal + math.log(3), rtol=1e-12)
+
+
+def test_of_two_shifted_times_the_later_is_t():
+    uniform = torch.rand(10_000, 2)
+    jumps = torch.arange(10_000) % 4 == 0
+
+    t, r = meanflow.mean_flow_times(uniform, 5.0, jumps, torch.zeros_like(jumps))
+
+    mean_time = 1.25 - 5 / 16 * math.log(5)                         # of 5 t / (1 + 4 t)
+    assert r.min() >= 0
+    assert t.max() <= 1
+    assert torch.equal(r < t, jumps)
+    assert torch.equal(r[~jumps], t[~jumps])
+    assert torch.equal(t, meanflow.shift_time(uniform, 5.0).amax(1))
+    assert torch.equal(r[jumps], meanflow.shift_time(uniform[jumps], 5.0).amin(1))
+    assert abs((t + r)[jumps].mean() / 2 - mean_time) < 0.01
+    assert abs(t[~jumps].mean() - t[jumps].mean()) < 0.03           # the later of two here as well
+
+
+def test_only_a_row_that_jumps_jumps_to_data():
+    uniform = torch.rand(4, 2)
+    jumps = torch.tensor([True, True, False, False])
+    jumps_to_data = torch.tensor([True, False, True, False])
+
+    t, r = meanflow.mean_flow_times(uniform, 5.0, jumps, jumps_to_data)
+
+    assert r[0] == 0
+    assert 0 < r[1] < t[1]
+    assert torch.equal(r[2:], t[2:])
+
+
+def test_stages_draw_times_with_the_shift_and_the_share():
+    """meanflow.py draws nothing: what it is given is drawn by the table of stages."""
+    run = SimpleNamespace(
+        c={"seed": 0, "ratio_r_not_equal_t": 0.4, "ratio_r_is_0": 0, "derivative": "jvp"},
+        rae=SimpleNamespace(latent_shape=(1,)), alpha=1e3, device="cpu",
+        row_numbers=lambda step: range(1000), student=lambda z, t, y, r: z)
+    x = torch.zeros(1000, 1)
+    labels = torch.zeros(1000)
+
+    inputs = {}
+    for run.stage in ("flow", "bootstrap"):
+        draws = train.draw_rows(run, 0)
+        inputs[run.stage], _ = train.STAGES[run.stage].target(run, x, labels, draws)
+
+    _, t, _ = inputs["flow"]
+    assert t.shape == (1000,)
+    assert t.mean() > 0.97
+    _, t, _, r = inputs["bootstrap"]
+    assert (r < t).sum() == 400
+    assert t.mean() > 0.97
+
+
+# The teacher's flow
+
+@both_flows
+@both_solvers
+def test_order_of_the_solver(solver, order, v, u):
+    noise, y = latents(8)
+    data = noise - u(noise, times(1.0), y, times(0.0))
+
+    errors = []
+    for steps in (50, 100):
+        trajectory, _ = meanflow.solve_flow(v, noise, y, steps, 3.0, solver)
+        errors.append(relative(trajectory[-1], data))
+
+    assert abs(order_of(errors) - order) < 0.15
+
+
+@both_solvers
+@pytest.mark.parametrize("steps", (1, 50))
+def test_solver_evaluates_the_velocity_once_a_step_or_twice_with_heun(solver, order, steps):
+    v, _ = FLOWS["mixture"]
+    noise, y = latents(8)
+    calls = []
+
+    trajectory, points = meanflow.solve_flow(noting(calls, v), noise, y, steps, 3.0, solver)
+
+    assert len(calls) == steps * order
+    assert not any(call.keeps_graph for call in calls)
+    assert len(trajectory) == len(points) == steps + 1
+    assert torch.equal(trajectory[0], noise)
+    assert calls[0].t.tolist() == [1] * 8
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    assert torch.equal(points, meanflow.shift_time(even, 3.0))
+    assert points[0] == 1
+    assert points[-1] == 0
+
+
+@both_solvers
+def test_solver_can_keep_the_last_point_only(solver, order):
+    v, _ = FLOWS["mixture"]
+    noise, y = latents(8)
+
+    trajectory, _ = meanflow.solve_flow(v, noise, y, 100, 3.0, solver)
+    last, points = meanflow.solve_flow(v, noise, y, 100, 3.0, solver, last_only=True)
+
+    assert torch.equal(last, trajectory[-1:])
+    assert len(points) == 101
+
+
+@both_solvers
+def test_points_have_the_precision_of_the_noise_whatever_the_networks(solver, order):
+    """Under autocast a network may answer in 16 bits, and the points must not follow it."""
+    noise, y = latents(2)
+
+    trajectory, points = meanflow.solve_flow(in_16_bits, noise.float(), y, 3, 3.0, solver)
+    samples = meanflow.sample(in_16_bits, noise, y, 2)
+
+    assert trajectory.dtype == points.dtype == torch.float32
+    assert samples.dtype == torch.float64
+
+
+@pytest.mark.parametrize("steps, solver", ((0, "euler"), (-3, "heun"), (5, "midpoint")))
+def test_solver_refuses_no_steps_and_unknown_names(steps, solver):
+    noise, y = latents(1)
+
+    with pytest.raises(ValueError):
+        meanflow.solve_flow(FLOWS["gaussian"][0], noise, y, steps, 1.0, solver)
+
+
+@pytest.mark.parametrize("guide", ("no class", "weaker network"))
+def test_guided_velocity_is_linear_in_the_scale(guide):
+    net = small_dit().double()
+    weaker = small_dit().double() if guide == "weaker network" else None
+    z = torch.randn(3, 8, 4, 4, dtype=torch.float64)
+    y = torch.tensor([0, 1, 10])
+    no_class = torch.full((3,), 10)
+    t = times(0.2, 0.5, 0.9)
+
+    at = {}
+    for scale in (0.0, 1.0, 3.5):
+        at[scale] = meanflow.guided(net, scale, 10, weaker)(z, t, y)
+
+    weak = weaker(z, t, y) if weaker else net(z, t, no_class)
+    assert torch.equal(at[0.0], weak)
+    assert torch.allclose(at[1.0], net(z, t, y), rtol=1e-12)        # no guidance
+    step = at[1.0] - at[0.0]
+    assert torch.allclose(at[3.5], at[0.0] + 3.5 * step, rtol=1e-12)
+
+
+def test_a_sample_without_a_class_is_not_guided_by_itself():
+    net = small_dit().double()
+    z = torch.randn(1, 8, 4, 4, dtype=torch.float64)
+    no_class = torch.tensor([10])
+
+    guided = meanflow.guided(net, 3.5, 10)(z, times(0.9), no_class)
+
+    assert torch.equal(guided, net(z, times(0.9), no_class))
+
+
+# Stage "mid"
+
+@both_flows
+@both_solvers
+def test_targets_of_mid_training_are_as_exact_as_the_trajectory(solver, order, v, u):
+    """The published code labels the shifted points linspace(0, 1): its error stays, however small
+    the steps are.
+    """
+    noise, y = latents(4)
+
+    errors = []
+    for points in (33, 65):
+        pairs = torch.arange(points * (points - 1) // 2).expand(4, -1)
+        inputs, target = meanflow.mid_training_target(
+            v, noise, y, 3.0, points, pairs=pairs, solver=solver)
+        _, mse = meanflow.regression_loss(u(*inputs), target)
+        errors.append(mse.sqrt())
+
+    assert abs(order_of(errors) - order) < 0.15
+    assert errors[1] ** 2 < 1e-3
+
+
+def test_a_pair_carries_the_times_that_the_solver_stepped_through():
+    v, _ = FLOWS["mixture"]
+    noise, _ = latents(16)
+    y = torch.arange(16)
+    first_and_last = torch.tensor([[0, 135]] * 16)
+
+    inputs, target = meanflow.mid_training_target(v, noise, y, 6.93, pairs=first_and_last)
+
+    z, t, labels, r = inputs
+    trajectory, points = meanflow.solve_flow(v, noise, y, 16, 6.93)
+    starts = trajectory[[0, 15]].transpose(0, 1).flatten(0, 1)      # (32, ...)
+    ends = trajectory[[1, 16]].transpose(0, 1).flatten(0, 1)
+    assert torch.equal(t, points[[0, 15] * 16])
+    assert torch.equal(r, points[[1, 16] * 16])
+    assert r[1] == 0
+    assert torch.equal(z, starts)
+    assert torch.equal(target, (starts - ends) / meanflow.expand(t - r, z))
+    assert labels.tolist() == [row // 2 for row in range(32)]
+
+
+@pytest.mark.parametrize("num_points, num_pairs", ((17, 64), (17, 136), (5, 10), (5, 3)))
+def test_without_given_pairs_a_trajectory_has_pairs_that_are_spread_evenly(num_points, num_pairs):
+    v, _ = FLOWS["mixture"]
+    noise, y = latents(2)
+
+    inputs, target = meanflow.mid_training_target(v, noise, y, 6.93, num_points, num_pairs)
+
+    z, t, labels, r = inputs
+    pairs = set(zip(t.tolist(), r.tolist()))
+    assert len(z) == len(t) == len(labels) == len(r) == len(target) == 2 * num_pairs
+    assert (t > r).all()
+    assert len(pairs) == num_pairs                                  # no pair twice
+    assert len(set(t.tolist())) > min(num_pairs, num_points - 1) / 2            # nor one start
+
+
+def test_drawn_pairs_reach_all_pairs_of_points():
+    """Of stage "mid", for 16 trajectories of 17 points: 1,024 draws of 136 pairs."""
+    v, _ = FLOWS["mixture"]
+    noise, y = latents(16)
+    run = SimpleNamespace(c={"num_points": 17, "num_pairs": 64, "solver": "euler", "seed": 0},
+                          rae=SimpleNamespace(latent_shape=(3, 2, 2)), classes=range(10),
+                          alpha=6.93, device="cpu", stage="mid", teacher=v,
+                          row_numbers=lambda step: range(16 * step, 16 * step + 16))
+
+    drawn = []
+    for step in (0, 1):
+        (_, t, _, r), _ = train.mid_target(run, None, y, train.draw_rows(run, step))
+        drawn.append((t, r))
+
+    t, r = drawn[0]
+    assert len(t) == 16 * 64
+    assert (t > r).all()
+    assert len(set(zip(t.tolist(), r.tolist()))) > 130
+    assert not torch.equal(t, drawn[1][0])
+
+
+# Stages "distill" and "bootstrap": the MeanFlow identity
 
 @both_flows
 def test_total_derivative_obeys_the_mean_flow_identity(v, u):
-    """u + (t - r) du/dt = v: exactly by jvp, and with an error of second order by the central difference."""
-    (z, y), t = latents(64), torch.linspace(0.15, 0.98, 64, dtype=torch.float64)
-    z, r = z / 2, t * torch.linspace(0, 0.9, 64, dtype=torch.float64)                           # where data are
-    exact = (v(z, t, y) - u(z, t, y, r)) / meanflow.expand(t - r, z)
-    derivative = lambda *how: meanflow.total_derivative(u, z, t, r, y, v(z, t, y), *how)
-    assert relative(derivative("jvp"), exact) < 1e-11
-    errors = [relative(derivative("fd", delta), exact) for delta in (2e-3, 1e-3)]
-    assert abs(math.log2(errors[0] / errors[1]) - 2) < 0.01
+    """u + (t - r) du/dt = v: exact by jvp, of second order by the central difference."""
+    z, y = latents(64)
+    z = z / 2                                                       # where data are
+    t = torch.linspace(0.15, 0.98, 64, dtype=torch.float64)
+    r = t * torch.linspace(0, 0.9, 64, dtype=torch.float64)
+    velocity = v(z, t, y)
+    exact = (velocity - u(z, t, y, r)) / meanflow.expand(t - r, z)
+
+    by_jvp = meanflow.total_derivative(u, z, t, r, y, velocity)
+    errors = []
+    for delta in (2e-3, 1e-3):
+        by_difference = meanflow.total_derivative(u, z, t, r, y, velocity, "fd", delta)
+        errors.append(relative(by_difference, exact))
+
+    assert relative(by_jvp, exact) < 1e-11
+    assert abs(order_of(errors) - 2) < 0.01
+
+
+def network_inputs(num=4):
+    """A student with random weights, and (z, t, r, y, v) for it, where r < t."""
+    z = torch.randn(num, 8, 4, 4, dtype=torch.float64)
+    t = torch.linspace(0.9, 0.3, num, dtype=torch.float64)
+    r = t * torch.linspace(0.1, 0.8, num, dtype=torch.float64)
+    return small_dit(True).double(), z, t, r, torch.arange(num) % 11, z.flip(0)
+
 
 def test_total_derivative_of_the_network_by_jvp_agrees_with_differences():
-    net, z, y = small_dit(True).double(), torch.randn(4, 8, 4, 4, dtype=torch.float64), torch.arange(4)
-    t, r = times(0.9, 0.6, 0.5, 0.3), times(0.1, 0.0, 0.4, 0.2)
-    both = [meanflow.total_derivative(net, z, t, r, y, z.flip(0), method, 1e-5) for method in ("jvp", "fd")]
-    assert relative(*both) < 1e-4 and not any(derivative.requires_grad for derivative in both)
+    inputs = network_inputs()
+
+    by_jvp = meanflow.total_derivative(*inputs, "jvp")
+    by_difference = meanflow.total_derivative(*inputs, "fd", 1e-5)
+
+    assert relative(by_jvp, by_difference) < 1e-4
+    assert not by_jvp.requires_grad
+    assert not by_difference.requires_grad
+
+
+def test_difference_is_taken_in_full_precision_inside_autocast():
+    net, *inputs = network_inputs()
+    plain = meanflow.total_derivative(net, *inputs, "fd", 1e-5)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = meanflow.total_derivative(net, *inputs, "fd", 1e-5)
+
+    assert torch.equal(inside, plain)
+
+
+def test_total_derivative_refuses_an_unknown_method():
+    with pytest.raises(ValueError):
+        meanflow.total_derivative(*network_inputs(), "backward")
+
+
+def exact_case(v, u, num=128):
+    """(z, t, r, y, v) of noisy data of the flow, with r from 0 to t."""
+    noise, y = latents(num, seed=1)
+    first, _ = latents(num)
+    x = first - u(first, times(1.0), y, times(0.0))                 # as many data
+    t = torch.linspace(0.05, 1, num, dtype=torch.float64)
+    r = t * (torch.arange(num) % 5) / 4                             # 0, t / 4, ... t
+    z = meanflow.interpolate(x, noise, t)
+    return z, t, r, y, v(z, t, y)
+
 
 @both_flows
-def test_mean_flow_loss_is_zero_at_the_exact_average_velocity(v, u):
-    (z, y), (noise, _) = latents(128), latents(128, seed=1)
-    x = z - u(z, times(1.0), y, times(0.0))                                                     # as many data
-    t = torch.linspace(0.05, 1, 128, dtype=torch.float64)
-    r = t * (torch.arange(128) % 5) / 4                                                         # 0, t / 4, ... t
-    mse = lambda **how: meanflow.mean_flow_loss(u, x, y, 3.0, teacher=v, t=t, r=r, noise=noise, **how)[1]["mse"]
-    assert mse() < 1e-20
-    errors = [mse(derivative="fd", delta=delta) for delta in (2e-3, 1e-3)]
-    assert abs(math.log2(errors[0] / errors[1]) - 4) < 0.1                                # of second order, squared
+def test_the_target_at_the_exact_average_velocity_is_the_average_velocity(v, u):
+    z, t, r, y, velocity = exact_case(v, u)
 
-@pytest.mark.parametrize("adaptive_p, derivative", ((1, "jvp"), (0.5, "fd"), (0, "jvp")))
-def test_mean_flow_loss_has_the_gradient_of_the_adaptive_weighting(adaptive_p, derivative):
-    """Of |u - target|^2 / w, with the target and the weight w = (|u - target|^2)^p of each sample held fixed."""
-    net, (x, noise), y = small_dit(True).double(), torch.randn(2, 5, 8, 4, 4, dtype=torch.float64), torch.arange(5)
-    t, r, weight = times(0.9, 0.8, 0.7, 0.6, 0.5), times(0.9, 0.1, 0.7, 0.2, 0.5), net.final_layer.linear.weight
-    loss, metrics = meanflow.mean_flow_loss(net, x, y, 1.0, None, derivative, 0.02, t, r, noise, adaptive_p=adaptive_p)
-    z, v = (1 - meanflow.expand(t, x)) * x + meanflow.expand(t, x) * noise, noise - x
-    du_dt = meanflow.total_derivative(net, z, t, r, y, v, derivative, 0.02)
-    error = (net(z, t, y, r) - (v - meanflow.expand(t - r, x) * du_dt)).square().flatten(1)
-    expected = (error.sum(1) / (error.sum(1).detach() + 1e-3) ** adaptive_p).mean()
-    assert relative(*(torch.autograd.grad(value, weight)[0] for value in (loss, expected))) < 1e-10
-    assert metrics["mse"].item() == pytest.approx(error.mean().item(), rel=1e-10)
+    target = meanflow.mean_flow_target(u, z, t, r, y, velocity)
 
-def test_mean_flow_at_r_equal_t_is_flow_matching():
-    net, y, t = small_dit(True).double(), torch.arange(6), torch.rand(6).double()
+    loss, mse = meanflow.regression_loss(u(z, t, y, r), target)
+    assert loss == mse
+    assert mse < 1e-20
+
+
+@both_flows
+def test_the_target_by_differences_has_an_error_of_second_order(v, u):
+    z, t, r, y, velocity = exact_case(v, u)
+
+    errors = []
+    for delta in (2e-3, 1e-3):
+        target = meanflow.mean_flow_target(u, z, t, r, y, velocity, "fd", delta)
+        errors.append(relative(target, u(z, t, y, r)))
+
+    assert abs(order_of(errors) - 2) < 0.05
+
+
+@both_flows
+def test_the_target_holds_the_error_of_the_derivative_times_the_gap(v, u):
+    """That is why training explodes from far away: this student is wrong by 3 t, u + 3 t."""
+    z, t, r, y, velocity = exact_case(v, u)
+
+    def wrong(z, t, y, r):
+        return u(z, t, y, r) + 3 * meanflow.expand(t, z)
+
+    target = meanflow.mean_flow_target(wrong, z, t, r, y, velocity)
+
+    exact = u(z, t, y, r)
+    assert relative(target, exact - 3 * meanflow.expand(t - r, z)) < 1e-10
+
+
+def test_target_where_r_is_t_is_the_velocity_and_no_derivative_is_computed():
+    net, z, t, r, y, v = network_inputs()
+    calls = []
+
+    target = meanflow.mean_flow_target(noting(calls, net), z, t, t.clone(), y, v)
+
+    assert torch.equal(target, v)
+    assert calls == []
+
+
+@pytest.mark.parametrize("derivative, copies", (("jvp", 1), ("fd", 2)))
+def test_derivative_is_computed_in_one_call_for_the_rows_with_r_before_t(derivative, copies):
+    """A quarter of 200 rows. The published code computes it for all, with a graph."""
+    net, z, t, r, y, v = network_inputs(200)
+    r = torch.where(torch.arange(200) % 4 == 0, r, t)
+    calls = []
+
+    target = meanflow.mean_flow_target(noting(calls, net), z, t, r, y, v, derivative)
+
+    assert len(calls) == 1
+    assert calls[0].y.tolist() == y[r < t].tolist() * copies        # both points see equal labels
+    assert not calls[0].keeps_graph
+    assert torch.equal(target[r == t], v[r == t])
+    du_dt = meanflow.total_derivative(
+        net, *[values[r < t] for values in (z, t, r, y, v)], derivative)
+    gap = meanflow.expand(t - r, z)[r < t]
+    assert relative(target[r < t], v[r < t] - gap * du_dt) < 1e-12
+
+
+def test_a_step_of_distillation_evaluates_the_teacher_once_and_the_student_once_in_its_target():
+    net, z, t, r, y, _ = network_inputs(20)
+    run = SimpleNamespace(c={"derivative": "jvp"}, alpha=1.0)
+    draws = {
+        "noise": z,
+        "uniform": torch.stack([t, r], 1),
+        "jumps": torch.arange(20) % 2 == 0,
+        "jumps_to_data": torch.zeros(20, dtype=torch.bool),
+    }
+    of_teacher = []
+    of_student = []
+    run.teacher = noting(of_teacher, small_dit().double().requires_grad_(False))
+    run.student = noting(of_student, net)
+
+    inputs, target = train.distill_target(run, z, y, draws)
+
+    assert [call.y.tolist() for call in of_teacher] == [y.tolist()]
+    assert [call.y.tolist() for call in of_student] == [y[::2].tolist()]
+    assert not target.requires_grad
+
+
+def test_where_r_is_t_mean_flow_is_flow_matching():
+    """Also in its gradient: a student with r = t is a velocity network, and e - x its target."""
+    net = small_dit(True).double()
+    y = torch.arange(6)
+    t = torch.rand(6).double()
     x, noise = torch.randn(2, 6, 8, 4, 4, dtype=torch.float64)
-    mean_flow, one = meanflow.mean_flow_loss(net, x, y, 1.0, t=t, r=t.clone(), noise=noise, adaptive_p=0)
-    flow, other = meanflow.flow_matching_loss(lambda z, t, y: net(z, t, y, t), x, y, 1.0, t, noise)
-    assert torch.allclose(one["mse"], other["mse"], rtol=1e-14)
-    for a, b in zip(*(torch.autograd.grad(loss, net.parameters()) for loss in (mean_flow, flow))):
-        assert torch.allclose(a, b * x[0].numel(), rtol=1e-12, atol=1e-12)                      # a sum, not a mean
-    perfect = (noise - x).requires_grad_()
-    loss, _ = meanflow.mean_flow_loss(lambda *inputs: perfect, x, y, 1.0, t=t, r=t.clone(), noise=noise)
-    assert not torch.autograd.grad(loss, perfect)[0].any()                                      # nor is it 0 / 0
+    z = meanflow.interpolate(x, noise, t)
+
+    target = meanflow.mean_flow_target(net, z, t, t.clone(), y, noise - x)
+    mean_flow, mse = meanflow.regression_loss(net(z, t, y, t.clone()), target)
+
+    flow = (net(z, t, y, t) - (noise - x)).square().mean()
+    assert torch.allclose(mse, flow, rtol=1e-14)
+    gradients = [torch.autograd.grad(loss, net.parameters()) for loss in (mean_flow, flow)]
+    for a, b in zip(*gradients):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+class BootstrapCase:
+    """A student of five numbers, at points of the mixture that stand for all (x, e)."""
+
+    def __init__(self, t, r):
+        self.x, self.e, self.weight = quadrature()
+        self.t = times(t).expand(len(self.x))
+        self.r = times(r).expand(len(self.x))
+        self.row = torch.arange(len(self.x))
+        theta = times(0.7, -0.4, 1.3, 0.5, 0.9)
+        self.theta = theta.repeat(len(self.x), 1).requires_grad_()  # one for each sample
+
+    def student(self, z, t, y, r):
+        a, b, c, d, f = self.theta[y].unbind(1)
+        z = z[:, 0]
+        wave = (a * z + b * t).sin()
+        return (wave + c * t * z + d * r * z**2 + f * (t - r))[:, None]
+
+    def mean_gradient(self, teacher, adaptive_p):
+        """The gradient of the five numbers in expectation, of distillation or bootstrapping."""
+        z = meanflow.interpolate(self.x, self.e, self.t)
+        v = teacher(z, self.t, self.row) if teacher else self.e - self.x
+        target = meanflow.mean_flow_target(self.student, z, self.t, self.r, self.row, v)
+        prediction = self.student(z, self.t, self.row, self.r)
+        loss, _ = meanflow.regression_loss(prediction, target, adaptive_p)
+        gradient = torch.autograd.grad(loss, self.theta)[0]
+        return (len(self.x) * self.weight * gradient).sum(0)
+
 
 @pytest.mark.parametrize("t, r", ((0.9, 0.2), (0.5, 0.0), (0.7, 0.7)))
 def test_bootstrap_has_the_gradient_of_distillation_in_expectation(t, r):
-    """E[e - x | z_t] = v, and the error is linear in v. So it holds at p = 0, where the loss is quadratic; not at 1."""
-    points = [step * torch.arange(-50, 51).double() for step in (0.12, 0.16)]                   # sums exact to rounding
-    x, e = torch.cartesian_prod(*points).split(1, dim=1)                                        # 2 x (10201, 1)
-    density = (WEIGHT / STD * (-((x - MEAN) / STD) ** 2 / 2).exp()).sum(1, keepdim=True) * (-e**2 / 2).exp()
-    weight, y = density / density.sum(), torch.arange(len(x))
-    theta = times(0.7, -0.4, 1.3, 0.5, 0.9).repeat(len(x), 1).requires_grad_()                  # one for each sample
-    def student(z, t, y, r):
-        (a, b, c, d, f), z = theta[y].unbind(1), z[:, 0]
-        return ((a * z + b * t).sin() + c * t * z + d * r * z**2 + f * (t - r))[:, None]
-    def mean_gradient(teacher, adaptive_p):
-        drawn = dict(t=times(t).expand(len(x)), r=times(r).expand(len(x)), noise=e)
-        loss, _ = meanflow.mean_flow_loss(student, x, y, 1.0, teacher, adaptive_p=adaptive_p, **drawn)
-        return (len(x) * weight * torch.autograd.grad(loss, theta)[0]).sum(0)
-    assert relative(mean_gradient(FLOWS["mixture"][0], 0), mean_gradient(None, 0)) < 1e-12
-    assert relative(mean_gradient(FLOWS["mixture"][0], 1), mean_gradient(None, 1)) > 0.05
+    """E[e - x | z_t] = v, and the error is linear in v: so it holds where the loss is quadratic."""
+    case = BootstrapCase(t, r)
+    teacher, _ = FLOWS["mixture"]
 
-@pytest.mark.parametrize("derivative, copies", (("jvp", 1), ("fd", 2)))
-def test_evaluations_of_a_mean_flow_step(derivative, copies):
-    """The teacher once, du/dt without a graph for the samples with r < t, the student once. All see the same labels."""
-    calls, x, y, t = [], torch.randn(200, 8, 4, 4), torch.arange(200) % 11, torch.full((200,), 0.8)
-    student, teacher, r = small_dit(True), small_dit(), torch.where(torch.arange(200) % 4 == 0, t / 2, t)
-    note = lambda name, y: calls.append((name, torch.is_grad_enabled(), y.tolist()))
-    spy = lambda name, net: lambda z, t, y, *r: note(name, y) or net(z, t, y, *r)
-    loss_of = lambda *nets, **how: meanflow.mean_flow_loss(nets[0], x, y, 1.0, nets[1], noise=x, t=t, r=r, **how)[0]
-    loss = loss_of(spy("student", student), spy("teacher", teacher), derivative=derivative)
-    assert calls == [("teacher", False, y.tolist()), ("student", False, y[r < t].tolist() * copies),
-                     ("student", True, y.tolist())]
-    given = lambda z, t, r, y, v: meanflow.total_derivative(student, z, t, r, y, v, derivative)
-    assert torch.equal(loss_of(student, teacher, du_dt=given), loss)
+    distilled = case.mean_gradient(teacher, adaptive_p=0)
+    bootstrapped = case.mean_gradient(None, adaptive_p=0)
+
+    assert relative(distilled, bootstrapped) < 1e-12
+
+
+@pytest.mark.parametrize("t, r", ((0.9, 0.2), (0.5, 0.0), (0.7, 0.7)))
+def test_bootstrap_and_distillation_differ_under_the_adaptive_weighting(t, r):
+    case = BootstrapCase(t, r)
+    teacher, _ = FLOWS["mixture"]
+
+    distilled = case.mean_gradient(teacher, adaptive_p=1)
+    bootstrapped = case.mean_gradient(None, adaptive_p=1)
+
+    assert relative(distilled, bootstrapped) > 0.05
+
+
+def test_autocast_keeps_the_derivative():
+    x = torch.randn(8, 8, 4, 4)
+    t = torch.linspace(0.2, 0.9, 8)
+    net = small_dit(True)
+
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):            # as in train.py
+        by_jvp, by_difference = (
+            meanflow.total_derivative(net, x, t, t / 2, torch.arange(8), x.flip(0), method)
+            for method in ("jvp", "fd"))
+
+    assert relative(by_jvp, by_difference) < 0.1
+
+
+def test_autocast_keeps_the_students_gradient():
+    x = torch.randn(8, 8, 4, 4)
+    noise = x.flip(0)
+    y = torch.arange(8)
+    net = small_dit(True)
+    t = torch.linspace(0.2, 0.9, 8)
+    z = meanflow.interpolate(x, noise, t)
+
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled, cache_enabled=False):
+            target = meanflow.mean_flow_target(net, z, t, t / 2, y, noise - x)
+            loss, _ = meanflow.regression_loss(net(z, t, y, t / 2), target, adaptive_p=1)
+        gradient = torch.autograd.grad(loss, net.parameters())
+        gradients.append(torch.cat([values.flatten() for values in gradient]))
+
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+# All targets
+
+def test_no_target_has_a_graph():
+    """The loss of a stage follows the network's output alone, without "stopgrad"."""
+    net, z, t, r, y, v = network_inputs()
+    teacher = small_dit().double()                                  # its weights want gradients
+    v = teacher(z, t, y)
+    x = torch.randn(4, 3, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    _, of_mid = meanflow.mid_training_target(teacher, z, y, 2.0, 3, 3)
+    by_jvp = meanflow.mean_flow_target(net, z, t, r, y, v)
+    by_difference = meanflow.mean_flow_target(net, z, t, r, y, v, "fd")
+    _, of_drift = meanflow.drift_target(net, x, y, torch.randn_like(x), num_moved=2)
+
+    assert v.requires_grad
+    assert not of_mid.requires_grad
+    assert not by_jvp.requires_grad
+    assert not by_difference.requires_grad
+    assert not of_drift.requires_grad
+
+
+def test_target_where_r_is_t_has_no_graph_though_the_velocity_has_one():
+    net, z, t, _, y, v = network_inputs()
+    v.requires_grad_()
+
+    target = meanflow.mean_flow_target(net, z, t, t, y, v)
+
+    assert torch.equal(target, v)
+    assert not target.requires_grad
+
+
+@pytest.mark.parametrize("derivative", ("jvp", "fd"))
+def test_mean_flow_target_has_the_precision_of_the_latents_whatever_the_networks(derivative):
+    _, z, t, r, y, v = network_inputs()
+
+    target = meanflow.mean_flow_target(in_16_bits, z, t, r, y, v.bfloat16(), derivative)
+
+    assert target.dtype == torch.float64
+
+
+def test_target_of_drift_has_the_precision_of_the_latents_whatever_the_networks():
+    y, noise, x = drift_case()
+
+    _, target = meanflow.drift_target(in_16_bits, x, y, noise, 2, torch.Tensor.bfloat16)
+
+    assert target.dtype == torch.float64
+
+
+# Sampling
 
 @both_flows
-@both_solvers
-def test_solver_order_and_number_of_evaluations(solver, order, v, u):
-    (noise, y), errors, calls = latents(8), [], []
-    data = noise - u(noise, times(1.0), y, times(0.0))
-    counted = lambda z, t, y: calls.append(float(t[0])) or v(z, t, y)
-    for steps in (50, 100):
-        calls.clear()
-        trajectory, points = meanflow.solve_flow(counted, noise, y, steps, 3.0, solver)
-        errors.append(relative(trajectory[-1], data))
-        assert len(calls) == steps * order and len(trajectory) == len(points) == steps + 1
-    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
-    assert points[0] == 1 and points[-1] == 0 and calls[0] == 1 and torch.equal(trajectory[0], noise)
-    last, _ = meanflow.solve_flow(counted, noise, y, 100, 3.0, solver, last_only=True)
-    assert torch.equal(last, trajectory[-1:])
-
-def test_guided_velocity_is_linear_in_the_scale():
-    (net, weaker), z = (small_dit().double() for _ in range(2)), torch.randn(3, 8, 4, 4, dtype=torch.float64)
-    y, no_class, t = torch.tensor([0, 1, 10]), torch.full((3,), 10), times(0.2, 0.5, 0.9)
-    for guide, weak in ((None, net(z, t, no_class)), (weaker, weaker(z, t, y))):
-        at = lambda w: meanflow.guided(net, w, 10, guide)(z, t, y)
-        assert torch.allclose(at(1.0), net(z, t, y), rtol=1e-12) and torch.equal(at(0.0), weak)
-        assert torch.allclose(at(3.5), at(0.0) + 3.5 * (at(1.0) - at(0.0)), rtol=1e-12)
-    assert torch.equal(meanflow.guided(net, 3.5, 10)(z, t, y)[2], net(z, t, y)[2])              # it has no class
-
-@both_flows
-@both_solvers
-def test_mid_training_targets_are_as_exact_as_the_trajectory(solver, order, v, u):
-    """The published code labels the shifted points linspace(0, 1): its error stays as the steps get smaller."""
-    errors, (noise, y) = [], latents(4)
-    for points in (33, 65):
-        pairs = torch.arange(points * (points - 1) // 2).expand(4, -1)
-        _, metrics = meanflow.mid_training_loss(u, v, noise, y, 3.0, points, pairs=pairs, solver=solver)
-        errors.append(metrics["mse"].item())
-    assert abs(math.log2(errors[0] / errors[1]) / 2 - order) < 0.15 and errors[1] < 1e-3
-
-def test_mid_training_pairs_carry_the_times_that_were_stepped_through():
-    v, (noise, _), y, seen = FLOWS["mixture"][0], latents(16), torch.arange(16), []
-    student = lambda z, t, y, r: seen.append((z, t, y, r)) or torch.zeros_like(z)
-    for pairs in (torch.tensor([[0, 135]] * 16), None, None):                                   # the first and the last
-        meanflow.mid_training_loss(student, v, noise, y, 6.93, pairs=pairs)
-    (z, t, labels, r), (_, t1, _, r1), (_, t2, _, _) = seen
-    trajectory, points = meanflow.solve_flow(v, noise, y, 16, 6.93)
-    assert torch.equal(points, meanflow.shift_time(torch.linspace(1, 0, 17, dtype=torch.float64), 6.93))
-    assert torch.equal(t, points[[0, 15] * 16]) and torch.equal(r, points[[1, 16] * 16]) and r[1] == 0
-    assert torch.equal(z, trajectory[[0, 15]].transpose(0, 1).flatten(0, 1))
-    assert labels.tolist() == [i // 2 for i in range(32)]
-    assert len(t1) == 16 * 64 and (t1 > r1).all() and not torch.equal(t1, t2)                   # drawn pairs
-    assert len(set(zip(t1.tolist(), r1.tolist()))) > 130                                        # of 136
-
-@both_flows
-def test_sampling_in_any_number_of_steps_lands_on_the_same_data(v, u):
+@pytest.mark.parametrize("steps", (1, 2, 5))
+def test_sampling_in_any_number_of_steps_lands_on_the_same_data(steps, v, u):
     noise, y = latents(16)
     data = noise - u(noise, times(1.0), y, times(0.0))
-    for steps in (1, 2, 5):
-        calls = []
-        got = meanflow.sample(lambda *a: calls.append(1) or u(*a), noise, y, steps)
-        assert relative(got, data) < 1e-11 and len(calls) == steps
-    for sampler in (meanflow.sample, lambda *a: meanflow.solve_flow(*a, alpha=1)):
-        with pytest.raises(ValueError, match="at least 1"):
-            sampler(u, noise, y, 0)
+    calls = []
 
-def test_drift_is_that_of_a_slow_loop_and_points_from_samples_to_data():
-    s, data, samples = torch.randn(2, 3, 5).double(), torch.randn(2, 4, 5).double(), torch.randn(2, 4, 5).double()
-    samples[:, :3] = s                                                                          # each without itself
-    V = meanflow.drift(s, data, samples, 0.3)
-    for k, i in np.ndindex(2, 3):
-        width = 0.3 * np.mean([(a - b).norm() for a in s[k] for b in data[k]])
-        means = []
-        for points in (data[k], [q for j, q in enumerate(samples[k]) if j != i]):
-            weights = [math.exp(-(s[k, i] - point).norm() / width) for point in points]
-            means.append(sum(w * point for w, point in zip(weights, points)) / sum(weights))
-        assert relative(V[k, i], means[0] - means[1]) < 1e-10
-    assert meanflow.drift(s, samples, samples.flip(1), 0.3).abs().max() < 1e-15                 # both sets are alike
-    moved = meanflow.drift(s + 7, data.flip(1) + 7, samples.roll(1, 1) + 7, 0.3)                # and in another order
+    samples = meanflow.sample(noting(calls, u), noise, y, steps)
+
+    assert relative(samples, data) < 1e-11
+    assert len(calls) == steps                                      # theirs: 49 in "50 steps"
+    assert not any(call.keeps_graph for call in calls)
+
+
+def test_sampling_takes_even_steps_from_1_to_0():
+    _, u = FLOWS["gaussian"]
+    noise, y = latents(2)
+    calls = []
+
+    meanflow.sample(noting(calls, u), noise, y, 4)
+
+    intervals = [(call.t.unique().item(), call.r.unique().item()) for call in calls]
+    assert intervals == [(1, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0)]
+
+
+def test_sampling_refuses_no_steps():
+    _, u = FLOWS["gaussian"]
+    noise, y = latents(2)
+
+    with pytest.raises(ValueError):
+        meanflow.sample(u, noise, y, 0)
+
+
+# Stage "drift"
+
+def kernel_mean(point, places, points, T):
+    """The mean of points by softmax(-distance / T) of their places, one at a time."""
+    weighted = torch.zeros_like(point)
+    total = 0.0
+    for place, value in zip(places, points):
+        distance = float((point - place).norm())
+        if distance > 0:                                            # a sample leaves itself out
+            weight = math.exp(-distance / T)
+            weighted += weight * value
+            total += weight
+    return weighted / total
+
+
+def slow_drift(s, data, samples, temperature, jitter=None):
+    """drift_field by a slow loop: s (n, D), data and samples (m, D) -> (n, D)."""
+    T = temperature * np.mean([float((a - b).norm()) for a in s for b in data])
+    places = data if jitter is None else data + T * jitter
+    rows = [kernel_mean(a, places, data, T) - kernel_mean(a, samples, samples, T) for a in s]
+    return torch.stack(rows)
+
+
+def drift_inputs():
+    """s, data and samples (2, n, 5), where s are the first three of four samples."""
+    samples, data = torch.randn(2, 2, 4, 5, dtype=torch.float64)
+    return samples[:, :3].clone(), data, samples
+
+
+def test_drift_is_that_of_a_slow_loop():
+    s, data, samples = drift_inputs()
+
+    V = meanflow.drift_field(s, data, samples, 0.3)
+
+    for kernel in (0, 1):                                           # they know nothing of another
+        expected = slow_drift(s[kernel], data[kernel], samples[kernel], 0.3)
+        assert relative(V[kernel], expected) < 1e-10
+
+
+def test_jitter_moves_the_data_in_the_distances_alone():
+    s, data, samples = drift_inputs()
+    jitter = torch.randn(2, 4, 5, dtype=torch.float64)
+
+    V = meanflow.drift_field(s, data, samples, 0.3, jitter)
+
+    for kernel in (0, 1):
+        expected = slow_drift(s[kernel], data[kernel], samples[kernel], 0.3, jitter[kernel])
+        assert relative(V[kernel], expected) < 1e-10
+
+
+def test_drift_is_nothing_where_both_sets_are_alike():
+    s, _, samples = drift_inputs()
+
+    V = meanflow.drift_field(s, samples, samples.flip(1), 0.3)
+
+    assert V.abs().max() < 1e-15
+
+
+def test_drift_follows_a_translation_and_no_order():
+    s, data, samples = drift_inputs()
+
+    V = meanflow.drift_field(s, data, samples, 0.3)
+    moved = meanflow.drift_field(s + 7, data.flip(1) + 7, samples.roll(1, 1) + 7, 0.3)
+
     assert relative(moved, V) < 1e-10
-    at = lambda x: torch.tensor([[[x, 0.0]]], dtype=torch.float64)
-    by_hand = meanflow.drift(at(0), at(3), torch.cat([at(0), at(-1)], 1), 0.05)                 # to 3, away from -1
-    assert torch.equal(by_hand, at(4))
 
-def test_drift_loss_has_the_drift_as_its_gradient_and_keeps_classes_apart():
-    calls, y, noise, x = [], torch.tensor([0, 1]), torch.randn(2, 6, 2, 2, 2), torch.randn(2, 6, 2, 2, 2)
-    shift = torch.zeros(4, 2, 2, 2, requires_grad=True)
-    def student(e, t, y, r):
-        calls.append((torch.is_grad_enabled(), y.tolist(), t.unique().tolist(), r.unique().tolist()))
-        return e / 2 - (shift if torch.is_grad_enabled() else 0)                                # s = e / 2 + shift
-    loss, metrics = meanflow.drift_loss(student, x, y, noise, with_grad=2, reencode=lambda z: 0.8 * z.flip(1))
+
+def test_drift_points_to_data_and_away_from_samples():
+    def at(*places):
+        return torch.tensor([[[place, 0.0] for place in places]], dtype=torch.float64)
+
+    V = meanflow.drift_field(at(0), at(3), at(0, -1), 0.05)
+
+    assert torch.equal(V, at(4))                                    # to 3, and away from -1
+
+
+def test_drift_is_in_full_precision_inside_autocast():
+    inputs = [points.float() for points in drift_inputs()]
+    plain = meanflow.drift_field(*inputs, 0.3)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = meanflow.drift_field(*inputs, 0.3)
+
+    assert torch.equal(inside, plain)
+
+
+def halved(z, t, y, r):
+    """A student of which the samples are s = e / 2."""
+    return z / 2
+
+
+def drift_case(num_samples=6, num_data=6):
+    """Labels, noise (2, M, 3, 2, 2) and data (2, m, 3, 2, 2) of two classes."""
+    noise = torch.randn(2, num_samples, 3, 2, 2, dtype=torch.float64)
+    x = torch.randn(2, num_data, 3, 2, 2, dtype=torch.float64)
+    return torch.tensor([0, 1]), noise, x
+
+
+def test_rows_of_drift_are_the_moved_samples_at_their_noise():
+    y, noise, x = drift_case()
+    calls = []
+
+    inputs, target = meanflow.drift_target(noting(calls, halved), x, y, noise, num_moved=2)
+
+    z, t, labels, r = inputs
+    assert torch.equal(z, noise[:, :2].flatten(0, 1))
+    assert t.tolist() == [1] * 4
+    assert r.tolist() == [0] * 4
+    assert labels.tolist() == [0, 0, 1, 1]
+    assert target.shape == z.shape
+    [call] = calls                                                  # all samples at once
+    assert call.y.tolist() == [0] * 6 + [1] * 6
+    assert call.t.unique().tolist() == [1]
+    assert call.r.unique().tolist() == [0]
+    assert not call.keeps_graph
+
+
+def unit_drift(temperatures, *points, is_token):
+    """The mean over temperatures of slow_drift, of length 1 in a token, or of rms 1 in a latent."""
+    total = 0
+    for T in temperatures:
+        V = slow_drift(*points[:3], T, points[3])                   # (n, D)
+        length = V.norm(dim=1) if is_token else V.square().mean(1).sqrt()
+        total += V / length[:, None]
+    return total / len(temperatures)
+
+
+several_temperatures = pytest.mark.parametrize("temperatures", ((0.3,), (0.05, 0.2, 1.0)))
+with_or_without_jitter = pytest.mark.parametrize("jittered", (False, True))
+
+
+@several_temperatures
+@with_or_without_jitter
+def test_target_of_drift_is_that_of_a_slow_loop(temperatures, jittered):
+    y, noise, x = drift_case(num_samples=5, num_data=4)
+    jitter = torch.randn_like(x) if jittered else None
+
+    (e, *_), target = meanflow.drift_target(
+        halved, x, y, noise, 2, None, temperatures, False, jitter)
+
+    drift = (e - target - e / 2).view(2, 2, -1)                     # what is added to s
+    for row in (0, 1):
+        s = noise[row].flatten(1) / 2
+        moves = jitter[row].flatten(1) if jittered else None
+        expected = unit_drift(
+            temperatures, s[:2], x[row].flatten(1), s, moves, is_token=False)
+        assert relative(drift[row], expected) < 1e-6
+
+
+@several_temperatures
+@with_or_without_jitter
+def test_target_of_drift_per_token_is_that_of_a_slow_loop(temperatures, jittered):
+    y, noise, x = drift_case(num_samples=5, num_data=4)
+    jitter = torch.randn_like(x) if jittered else None
+
+    (e, *_), target = meanflow.drift_target(
+        halved, x, y, noise, 2, None, temperatures, True, jitter)
+
+    drift = (e - target - e / 2).view(2, 2, 3, 2, 2)                # what is added to s
+    for row, i, j in np.ndindex(2, 2, 2):                           # a kernel for each token
+        s = noise[row, :, :, i, j] / 2
+        moves = jitter[row, :, :, i, j] if jittered else None
+        expected = unit_drift(
+            temperatures, s[:2], x[row, :, :, i, j], s, moves, is_token=True)
+        assert relative(drift[row, :, :, i, j], expected) < 1e-6
+
+
+@pytest.mark.parametrize("temperature", (0.25, torch.tensor(0.25)), ids=("number", "tensor"))
+def test_one_temperature_may_be_a_number(temperature):
+    y, noise, x = drift_case()
+
+    _, target = meanflow.drift_target(halved, x, y, noise, 2, temperature=temperature)
+
+    _, expected = meanflow.drift_target(halved, x, y, noise, 2, temperature=(0.25,))
+    assert torch.equal(target, expected)
+
+
+def test_drift_of_a_latent_has_a_root_mean_square_of_1():
+    y, noise, x = drift_case()
+
+    inputs, target = meanflow.drift_target(halved, x, y, noise, num_moved=2)
+
+    _, mse = meanflow.regression_loss(halved(*inputs), target)
+    assert mse.item() == pytest.approx(1, rel=1e-12)
+
+
+def test_drift_per_token_has_the_length_1_in_each_token():
+    y, noise, x = drift_case()
+
+    inputs, target = meanflow.drift_target(halved, x, y, noise, num_moved=2, per_token=True)
+
+    length = (halved(*inputs) - target).norm(dim=1)                 # (B n, G, G)
+    assert torch.allclose(length, torch.ones_like(length), rtol=1e-12)
+
+
+@pytest.mark.parametrize("per_token", (False, True))
+def test_a_student_whose_samples_are_the_data_is_the_fixed_point_of_drift(per_token):
+    y, noise, _ = drift_case()
+    data = noise.flip(1) / 2                                        # the samples, in another order
+
+    inputs, target = meanflow.drift_target(halved, data, y, noise, 6, per_token=per_token)
+
+    assert relative(target, halved(*inputs)) < 1e-6
+
+
+def test_drift_keeps_classes_apart():
+    y, noise, x = drift_case()
+    others = x.clone()
+    others[1] += 5                                                  # data of the second class
+
+    _, before = meanflow.drift_target(halved, x, y, noise, num_moved=2)
+    _, after = meanflow.drift_target(halved, others, y, noise, num_moved=2)
+
+    assert torch.equal(before[:2], after[:2])
+    assert not torch.equal(before[2:], after[2:])
+
+
+def test_samples_that_are_not_moved_push_those_that_are():
+    y, noise, x = drift_case()
+    others = noise.clone()
+    others[:, 2:] += 0.5
+
+    _, before = meanflow.drift_target(halved, x, y, noise, num_moved=2)
+    _, after = meanflow.drift_target(halved, x, y, others, num_moved=2)
+
+    assert before.shape == after.shape == (4, 3, 2, 2)
+    assert not torch.equal(before, after)
+
+
+def test_loss_of_drift_with_reencode_has_the_drift_and_what_the_decoder_loses_as_its_gradient():
+    y, noise, x = drift_case()
+    shift = torch.zeros(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def reencode(z):
+        return 0.8 * z.flip(1)
+
+    inputs, target = meanflow.drift_target(halved, x, y, noise, 2, reencode)
+    prediction = halved(*inputs) - shift                            # s = e / 2 + shift
+    loss, _ = meanflow.regression_loss(prediction, target)
     loss.backward()
-    assert calls == [(grad, [0, 0, 1, 1], [1], [0]) for grad in (True, False, False)]           # M = 6 in parts of 2
-    samples = (noise / 2).flatten(2)                                                            # (B, M, D)
-    V = meanflow.drift(samples[:, :2], x.flatten(2), samples, 0.05)
-    unit, s = V / V.square().mean(2, keepdim=True).sqrt(), noise[:, :2] / 2
-    expected = -2 * (unit.view(s.shape) + 0.8 * s.flip(2) - s) / s.numel()
-    assert relative(shift.grad, expected.reshape(4, 2, 2, 2)) < 1e-5
-    assert torch.isclose(metrics["mse"], V.square().mean())
-    assert meanflow.drift_loss(student, x, y, noise, with_grad=2)[0].item() == pytest.approx(1, rel=1e-4)
+
+    drifts = []
+    for row in (0, 1):
+        samples = noise[row].flatten(1) / 2                         # (M, D)
+        points = samples[:2], x[row].flatten(1), samples, None
+        drifts.append(unit_drift([0.05], *points, is_token=False))
+    s = (noise[:, :2] / 2).flatten(0, 1)
+    V = torch.cat(drifts).view(s.shape)
+    expected = -2 * (V + reencode(s) - s) / s.numel()
+    assert relative(shift.grad, expected) < 1e-6
+
+
+# The demo
+
+def test_points_of_the_checkerboard_fill_its_dark_squares():
+    points = meanflow.checkerboard(200, 100)
+
+    on_dark, variation = meanflow.fit(points.flatten(0, 1))
+
+    assert points.shape == (200, 100, 2)
+    assert points.abs().max() <= 2
+    assert on_dark == pytest.approx(1)
+    assert variation < 0.05
+
+
+def test_fit_of_points_that_are_elsewhere():
+    points = meanflow.checkerboard(20_000)
+
+    beside = points + torch.tensor([1.0, 0.0])                      # on the light squares
+    far = points + 100
+
+    assert meanflow.fit(beside)[0] < 0.01
+    assert meanflow.fit(beside)[1] > 0.95
+    assert meanflow.fit(far) == pytest.approx((0, 1))
+
+
+def test_student_of_the_demo_starts_as_its_teacher_and_ends_frozen():
+    model = meanflow.MLP()
+    z = torch.randn(50, 2)
+    t = torch.rand(50)
+
+    def batch_of(model):
+        return (z, t, None, t / 3), z
+
+    velocity = model(z, t, None)
+    average_velocity = model(z, t, None, t / 3)
+    trained = meanflow.train_demo("a stage", model, batch_of, 2, 1e-3)
+
+    assert torch.equal(velocity, average_velocity)
+    assert trained is model
+    assert not any(p.requires_grad for p in trained.parameters())
+    assert not torch.equal(trained(z, t, None), trained(z, t, None, t / 3))
+
 
 def test_drifting_points_of_the_demo_get_nearer_to_the_data():
-    student, noise, y = meanflow.MLP(), torch.randn(4000, 2), torch.zeros(4000)
-    before = meanflow.fit(meanflow.sample(student, noise, y))
-    loss_of = lambda u: meanflow.drift_loss(u, meanflow.checkerboard(1, 256), y[:1], torch.randn(1, 256, 2), 64)
-    student = meanflow.train_demo("drift", student, loss_of, 60, 3e-3)
-    after = meanflow.fit(meanflow.sample(student, noise, y))
-    assert after[0] > before[0] + 0.1 and after[1] < before[1] - 0.1
+    student = meanflow.MLP()
+    noise = torch.randn(4000, 2)
+    y = torch.zeros(4000)
 
-def test_autocast_keeps_the_students_gradient_and_its_derivative():
-    gradients, x, t, net = [], torch.randn(8, 8, 4, 4), torch.linspace(0.2, 0.9, 8), small_dit(True)
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):                            # as in train.py
-        both = [meanflow.total_derivative(net, x, t, t / 2, torch.arange(8), x.flip(0), how) for how in ("jvp", "fd")]
-    assert relative(*both) < 0.1
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled, cache_enabled=False):               # as in train.py
-            loss, _ = meanflow.mean_flow_loss(net, x, torch.arange(8), 1.0, t=t, r=t / 2, noise=x.flip(0))
-        gradients.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, net.parameters())]))
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+    def drift_batch(u):
+        noise = torch.randn(1, 256, 2)
+        return meanflow.drift_target(u, meanflow.checkerboard(1, 256), y[:1], noise, 64)
+
+    before = meanflow.fit(meanflow.sample(student, noise, y))
+    student = meanflow.train_demo("drift", student, drift_batch, 60, 3e-3)
+    after = meanflow.fit(meanflow.sample(student, noise, y))
+
+    assert after[0] > before[0] + 0.1                               # on the dark squares
+    assert after[1] < before[1] - 0.1                               # variation from the data
+
+
+def test_the_demo_draws_its_panels():
+    points = meanflow.checkerboard(500)
+    lines = {"crimson": torch.randn(3, 5, 2)}
+
+    picture = meanflow.draw({"data": (points, {}), "lines": (points, lines)}, columns=2, side=64)
+    colours = picture.getcolors(picture.width * picture.height)
+
+    assert picture.size == (2 * (64 + 16), 64 + 40)
+    assert len(colours) > 50
+
+
+# --------------------------------------------------------------------------------------------------
+# The networks: dit.py
+
+def small_dit(average_velocity=False, hidden_size=(24, 32), depth=(2, 2), num_heads=(2, 2)):
+    """Every weight is random: a fresh network is zero everywhere, which would hide mistakes."""
+    net = dit.DiTDH(4, 8, hidden_size, depth, num_heads, 10, average_velocity)
+    for weight in net.parameters():
+        weight.data.normal_(0, 0.2)
+    return net
+
+
+both_grids = pytest.mark.parametrize("grid, average_velocity", ((16, False), (32, True)))
+
+
+def published_xl(grid, average_velocity):
+    """DiTDH-XL of the device "meta", which has shapes alone."""
+    with torch.device("meta"):
+        return dit.DiTDH(grid, 768, num_classes=1000, average_velocity=average_velocity,
+                         **dit.MODELS["XL"])
+
+
+@pytest.mark.parametrize("grid, average_velocity, cost", (
+    (16, False, (838.4, 161.6)),
+    (32, True, (840.3, 702.8)),
+))
+def test_dit_xl_costs_what_is_published(grid, average_velocity, cost):
+    net = published_xl(grid, average_velocity)
+    with torch.device("meta"):
+        z = torch.empty(1, 768, grid, grid)
+        t = torch.ones(1)
+        y = torch.zeros(1, dtype=torch.long)
+
+    parameters, macs = dit.parameters_and_macs(net, z, t, y, t)
+
+    assert (round(parameters / 1e6, 1), round(macs / 1e9, 1)) == cost
+
+
+def test_cost_includes_the_products_of_attention():
+    """Queries by keys, and weights by values: two of 9 x 9 x 8 for 9 tokens of 8 channels."""
+    with torch.device("meta"):
+        attention = dit.Attention(8, 2)
+        rotary = dit.RotaryPositions(4, 3)
+        tokens = torch.empty(1, 9, 8)
+
+    parameters, macs = dit.parameters_and_macs(attention, tokens, rotary)
+
+    assert parameters == 8 * 24 + 24 + 8 * 8 + 8
+    assert macs == 9 * (8 * 24 + 8 * 8) + 2 * 9 * 9 * 8
+
+
+@both_grids
+def test_dit_xl_has_the_published_tensors(grid, average_velocity):
+    state = published_xl(grid, average_velocity).state_dict()
+
+    expected = {
+        "pos_embed": (1, grid**2, 1152),
+        "enc_feat_rope.freqs_cos": (grid**2, 72),
+        "dec_feat_rope.freqs_sin": (grid**2, 128),
+        "t_embedder.W": (256,),
+        "y_embedder.embedding_table.weight": (1001, 1152),
+        "x_embedder.proj.weight": (2048, 768, 1, 1),
+        "s_embedder.proj.weight": (1152, 768, 1, 1),
+        "s_projector.weight": (2048, 1152),
+        "final_layer.linear.weight": (768, 2048),
+        "blocks.27.attn.qkv.weight": (3456, 1152),
+        "blocks.28.attn.qkv.weight": (6144, 2048),
+        "blocks.29.mlp.w12.weight": (10922, 2048),
+        "blocks.29.adaLN_modulation.1.weight": (12288, 2048),
+    }
+    assert {name: tuple(state[name].shape) for name in expected} == expected
+    assert len(state) == 382 + 5 * average_velocity
+    assert ("r_embedder.mlp.2.weight" in state) == average_velocity
+
+
+class PlainForward:
+    """DiTDH for one image, token by token and head by head, from its weights alone.
+
+    Positions turn queries and keys as complex numbers.
+    """
+
+    def __init__(self, net):
+        self.weights = net.state_dict()
+        tokens = torch.arange(16).double()[:, None]
+        self.row = tokens // 4
+        self.column = tokens % 4
+
+    def linear(self, x, name):
+        weight = self.weights[f"{name}.weight"].flatten(1)
+        return x @ weight.T + self.weights[f"{name}.bias"]
+
+    def norm(self, x, name):
+        root_mean_square = (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        return x / root_mean_square * self.weights[f"{name}.weight"]
+
+    @staticmethod
+    def silu(x):
+        return x / (1 + (-x).exp())
+
+    @staticmethod
+    def frequency(num):
+        return 10000.0 ** (-torch.arange(num).double() / num)
+
+    def embed(self, t, name):
+        angle = 2 * math.pi * t * self.weights[f"{name}.W"]
+        features = torch.cat([angle.sin(), angle.cos()])
+        return self.linear(self.silu(self.linear(features, f"{name}.mlp.0")), f"{name}.mlp.2")
+
+    def turn(self, x):
+        frequency = self.frequency(x.shape[1] // 4)
+        angle = torch.cat([self.row * frequency, self.column * frequency], 1)
+        turned = torch.view_as_complex(x.unflatten(1, (-1, 2))) * torch.exp(1j * angle)
+        return torch.view_as_real(turned).flatten(1)
+
+    def attention(self, x, name):
+        parts = self.linear(x, f"{name}.qkv").chunk(3, 1)
+        outputs = []
+        for q, k, v in zip(*[part.chunk(2, 1) for part in parts]):  # two heads
+            similarity = self.turn(q) @ self.turn(k).T / q.shape[1] ** 0.5
+            outputs.append(similarity.softmax(1) @ v)
+        return self.linear(torch.cat(outputs, 1), f"{name}.proj")
+
+    def block(self, x, c, name):
+        modulation = self.linear(self.silu(c), f"{name}.adaLN_modulation.1")
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+
+        h = self.norm(x, f"{name}.norm1") * (1 + scale1) + shift1
+        x = x + gate1 * self.attention(h, f"{name}.attn")
+
+        h = self.norm(x, f"{name}.norm2") * (1 + scale2) + shift2
+        gate, value = self.linear(h, f"{name}.mlp.w12").chunk(2, 1)
+        return x + gate2 * self.linear(self.silu(gate) * value, f"{name}.mlp.w3")
+
+    def positions(self):
+        angles = [axis * self.frequency(6) for axis in (self.column, self.row)]
+        return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
+
+    def __call__(self, z, t, y, r):
+        tokens = z.flatten(1).T                                     # (16, 8)
+        times = self.embed(t, "t_embedder") + self.embed(t - r, "r_embedder")   # (24,)
+        c = self.silu(times + self.weights["y_embedder.embedding_table.weight"][y])
+
+        s = self.linear(tokens, "s_embedder.proj") + self.positions()
+        s = self.block(self.block(s, c, "blocks.0"), c, "blocks.1")
+        s = self.linear(self.silu(s + times), "s_projector")
+
+        x = self.linear(tokens, "x_embedder.proj")
+        x = self.block(self.block(x, s, "blocks.2"), s, "blocks.3")
+        shift, scale = self.linear(self.silu(s), "final_layer.adaLN_modulation.1").chunk(2, 1)
+        h = self.norm(x, "final_layer.norm_final") * (1 + scale) + shift
+        return self.linear(h, "final_layer.linear")                 # (16, 8)
+
+
+def test_dit_against_a_plain_forward():
+    net = small_dit(True).double().requires_grad_(False)
+    z = torch.randn(8, 4, 4, dtype=torch.float64)
+
+    by_net = net(z[None], times(0.8), torch.tensor([7]), times(0.3))
+
+    expected = PlainForward(net)(z, 0.8, 7, 0.3)
+    assert relative(by_net[0].flatten(1).T, expected) < 1e-6
+
+
+def test_norm_answers_in_the_precision_of_its_input():
+    norm = dit.RMSNorm(8, 1e-6)
+
+    assert norm(torch.randn(3, 8).bfloat16()).dtype == torch.bfloat16
+    assert norm(torch.randn(3, 8)).dtype == torch.float32
+
+
+def test_product_of_query_and_key_depends_on_how_far_apart_their_tokens_are():
+    rotary = dit.RotaryPositions(8, 4).double()
+    q, k = torch.randn(2, 1, 8, dtype=torch.float64).expand(2, 16, 8)
+
+    product = rotary(q) @ rotary(k).T                               # (N, N)
+
+    by_row_and_column = product.view(4, 4, 4, 4)
+    assert torch.allclose(by_row_and_column[:3, :, :3], by_row_and_column[1:, :, 1:])
+    assert torch.allclose(by_row_and_column[:, :3, :, :3], by_row_and_column[:, 1:, :, 1:])
+    assert product.std() > 0.1
+
+
+def test_teacher_ignores_r():
+    net = small_dit()
+    z = torch.randn(3, 8, 4, 4)
+    t = torch.rand(3)
+    y = torch.arange(3)
+
+    assert torch.equal(net(z, t, y), net(z, t, y, t / 2))
+
+
+def is_uniform(weights, bound):
+    """Whether weights look drawn from between -bound and bound."""
+    largest = weights.abs().max()
+    return bool(0.8 * bound < largest <= bound and abs(weights.mean()) < 0.2 * bound)
+
+
+def fresh_dit():
+    return dit.DiTDH(4, 48, (64, 96), (2, 2), (2, 2), 100, average_velocity=True)
+
+
+def test_a_fresh_dit_is_zero():
+    net = fresh_dit()
+
+    z = torch.randn(2, 48, 4, 4)
+    u = net(z, torch.rand(2), torch.arange(2), torch.zeros(2))
+
+    assert not u.any()
+
+
+def test_initial_weights_of_modulations_and_last_layers_are_zero():
+    net = fresh_dit()
+
+    layers = [module for name, module in net.named_modules()
+              if "adaLN" in name and isinstance(module, torch.nn.Linear)]
+    layers += [net.final_layer.linear, net.r_embedder.mlp[2]]
+
+    assert len(layers) == 5 + 2
+    for layer in layers:
+        assert not layer.weight.any()
+        assert not layer.bias.any()
+
+
+def test_initial_weights_of_other_linear_layers_are_pytorchs():
+    net = fresh_dit()
+    zeros = "final_layer.linear", "r_embedder.mlp.2"
+
+    layers = {name: module for name, module in net.named_modules()
+              if isinstance(module, torch.nn.Linear) and "adaLN" not in name and name not in zeros}
+
+    for name, layer in layers.items():
+        bound = layer.in_features**-0.5
+        assert is_uniform(layer.bias, bound), name
+        assert is_uniform(layer.weight, bound) != name.startswith("t_embedder"), name
+
+
+def test_initial_weights_of_embeddings():
+    net = fresh_dit()
+
+    for embedder in (net.x_embedder, net.s_embedder):               # Xavier
+        weight = embedder.proj.weight
+        assert is_uniform(weight, (6 / sum(weight.shape[:2])) ** 0.5)
+        assert not embedder.proj.bias.any()
+    for layer in (net.y_embedder.embedding_table, net.t_embedder.mlp[0], net.t_embedder.mlp[2]):
+        assert 0.019 < layer.weight.std() < 0.021                   # normal
+        assert layer.weight.abs().max() > 0.05
+    assert 0.8 < net.t_embedder.W.std() < 1.2                       # standard normal
+    assert net.r_embedder.W.min() < -1
+
+
+def test_student_starts_as_its_teacher():
+    teacher = small_dit()
+    z = torch.randn(6, 8, 4, 4)
+    t = torch.rand(6)
+    y = torch.arange(6)
+
+    student = dit.student_of(teacher)
+
+    assert torch.equal(student(z, t, y, t * torch.rand(6)), teacher(z, t, y))
+    assert student.config == teacher.config | {"average_velocity": True}
+
+
+def test_every_weight_of_a_student_learns():
+    student = dit.student_of(small_dit())
+    t = torch.rand(6)
+
+    u = student(torch.randn(6, 8, 4, 4), t, torch.arange(6), t / 2)
+    u.square().sum().backward()
+
+    still = {name for name, weight in student.named_parameters() if not weight.grad.any()}
+    before_a_zero_layer = {"r_embedder.mlp.0.weight", "r_embedder.mlp.0.bias"}
+    assert still == before_a_zero_layer
+
+
+def small_decoder():
+    return rae.Decoder(6, 2, 8, 16, 2, 2, 40)
+
+
+def gradients_and_memory(net, inputs):
+    """The gradients of a network, and the numbers that the forward pass keeps for them."""
+    sizes = []
+
+    def keep(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = net(*inputs).square().sum()
+    return torch.autograd.grad(loss, list(net.parameters())), sum(sizes)
+
+
+@pytest.mark.parametrize("kind", ("network", "decoder"))
+def test_checkpointing_changes_memory_and_nothing_else(kind):
+    t = torch.tensor([0.3, 0.8])
+    if kind == "network":
+        net = small_dit(True)
+        inputs = torch.randn(2, 8, 4, 4), t, torch.tensor([1, 2]), t / 2
+    else:
+        net = small_decoder()
+        inputs = [torch.randn(3, 6, 2, 2)]
+
+    plain, kept = gradients_and_memory(net, inputs)
+    net.checkpointing = True
+    again, kept_less = gradients_and_memory(net, inputs)
+
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    assert kept_less < kept / 2
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("with_gradient", (False, True))
+def test_activations_are_computed_again_only_where_a_gradient_needs_them(
+        checkpointing, with_gradient, monkeypatch):
+    calls = []
+
+    def checkpoint(block, *inputs, **_):
+        calls.append(block)
+        return block(*inputs)
+
+    monkeypatch.setattr(dit, "checkpoint", checkpoint)
+    net = small_dit()
+    net.checkpointing = checkpointing
+
+    with torch.set_grad_enabled(with_gradient):
+        net(torch.randn(1, 8, 4, 4), torch.rand(1), torch.arange(1))
+
+    assert len(calls) == (4 if checkpointing and with_gradient else 0)
+
+
+# Networks from files
+
+def error_of(call, *arguments):
+    """The SystemExit with which a call refuses its arguments: one line."""
+    with pytest.raises(SystemExit) as refused:
+        call(*arguments)
+
+    assert isinstance(refused.value.code, str)
+    assert "\n" not in refused.value.code.strip()
+    return refused.value
+
+
+def assert_loads_as(content, net, path):
+    """A file of the content gives the network, frozen, and the content."""
+    loaded, in_file = dit.load_network(saved(content, path))
+
+    z = torch.randn(3, 8, 4, 4)
+    t = torch.rand(3)
+    y = torch.arange(3)
+    assert torch.equal(loaded(z, t, y, t / 2), net(z, t, y, t / 2))
+    assert loaded.config == net.config
+    assert in_file.keys() == content.keys()
+    assert not loaded.training
+    assert not any(weight.requires_grad for weight in loaded.parameters())
+
+
+def test_a_network_loads_from_its_own_checkpoint_with_the_averaged_weights(tmp_path):
+    own = small_dit(False, (64, 64), (5, 3), (4, 2))
+    content = {"model": small_dit().state_dict(), "ema": own.state_dict(), "network": own.config}
+
+    assert_loads_as(content, own, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("average_velocity", (False, True))
+@pytest.mark.parametrize("key", (None, "ema", "model"))
+def test_a_network_loads_from_published_weights(key, average_velocity, tmp_path):
+    """They come without the network's sizes, which are read off their shapes."""
+    net = small_dit(average_velocity, **dit.MODELS["toy"])
+    content = {key: net.state_dict()} if key else net.state_dict()
+
+    assert_loads_as(content, net, tmp_path / "x.pt")
+
+
+def test_weights_in_half_precision_load_in_full(tmp_path):
+    net = small_dit()
+    in_half = {name: value.half() for name, value in net.state_dict().items()}
+
+    loaded, _ = dit.load_network(saved({"ema": in_half, "network": net.config}, tmp_path / "x.pt"))
+
+    assert all(weight.dtype == torch.float32 for weight in loaded.parameters())
+
+
+@pytest.mark.parametrize("content", (
+    {"model": {"decoder_pred.weight": torch.ones(2, 2)}},           # a published decoder
+    {"model": small_decoder().state_dict()},
+    {"var": torch.ones(2)},                                         # published statistics
+), ids=("published decoder", "decoder", "statistics"))
+def test_a_file_without_a_network_is_refused_by_name(content, tmp_path):
+    path = saved(content, tmp_path / "x.pt")
+
+    assert str(path) in str(error_of(dit.load_network, path))
+
+
+def test_published_weights_of_unknown_widths_are_refused(tmp_path):
+    path = saved(small_dit().state_dict(), tmp_path / "x.pt")
+
+    refused = str(error_of(dit.load_network, path))
+
+    assert str(path) in refused
+    assert "(24, 32)" in refused
+
+
+def with_entry(state, name, value):
+    return state | {name: value}
+
+
+def without_entry(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+BIAS = "s_projector.bias"
+
+
+@pytest.mark.parametrize("damage", (
+    lambda state: with_entry(state, BIAS, torch.full((32,), float("nan"))),
+    lambda state: with_entry(state, BIAS, torch.full((32,), -float("inf"))),
+    lambda state: with_entry(state, BIAS, torch.full((32,), 1e11)),             # a flipped bit
+    lambda state: with_entry(state, BIAS, torch.zeros(31)),
+    lambda state: with_entry(state, BIAS, "a string"),
+    lambda state: without_entry(state, BIAS),
+), ids=("nan", "infinite", "huge", "another shape", "no tensor", "missing"))
+def test_a_damaged_entry_is_named_with_its_file(damage, tmp_path):
+    net = small_dit()
+    content = {"ema": damage(net.state_dict()), "network": net.config}
+    path = saved(content, tmp_path / "x.pt")
+
+    refused = error_of(dit.load_network, path)
+
+    assert isinstance(refused, dit.DamagedFile)
+    assert str(path) in str(refused)
+    assert BIAS in str(refused)
+
+
+def test_an_unknown_entry_is_named_with_its_file(tmp_path):
+    net = small_dit()
+    state = with_entry(net.state_dict(), "extra.bias", torch.zeros(3))
+    path = saved({"ema": state, "network": net.config}, tmp_path / "x.pt")
+
+    refused = error_of(dit.load_network, path)
+
+    assert isinstance(refused, dit.DamagedFile)
+    assert str(path) in str(refused)
+    assert "extra.bias" in str(refused)
+
+
+# Files
+
+CONTENT = {"a": torch.arange(6.0), "b": [1, 2, {"c": "x"}]}
+
+
+def test_a_file_is_read_as_it_was_saved(tmp_path):
+    path = saved(CONTENT, tmp_path / "x.pt")
+
+    content = dit.load_file(path)
+
+    assert content.keys() == CONTENT.keys()
+    assert torch.equal(content["a"], CONTENT["a"])
+    assert content["b"] == CONTENT["b"]
+
+
+def test_a_file_of_before_pytorch_1_6_is_read(tmp_path):
+    save = partial(torch.save, _use_new_zipfile_serialization=False)
+    path = saved(CONTENT, tmp_path / "x.pt", save)
+
+    assert torch.equal(dit.load_file(path)["a"], CONTENT["a"])
+
+
+def test_a_missing_file_is_refused_but_not_damaged(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path):                   # a folder is no file
+        refused = error_of(dit.load_file, path)
+
+        assert str(path) in str(refused)
+        assert not isinstance(refused, dit.DamagedFile)
+
+
+def assert_damaged(path):
+    refused = error_of(dit.load_file, path)
+
+    assert isinstance(refused, dit.DamagedFile)
+    assert str(path) in str(refused)
+
+
+@pytest.mark.parametrize("head", (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 3\n",
+    b"<!DOCTYPE html><html><head></head></html>",
+    b"\n  <html></html>",
+    b"",
+    b"PK",
+    b"PK\x03\x04 not an archive",
+    b"not weights at all",
+    bytes(1000),
+), ids=("lfs", "page", "blank page", "empty", "two bytes", "fake archive", "text", "zeros"))
+def test_a_file_of_another_kind_is_named(head, tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(head)
+
+    assert_damaged(path)
+
+
+def test_a_safetensors_file_is_named(tmp_path):
+    path = saved({"weight": torch.ones(3)}, tmp_path / "x.pt", save_file)
+
+    assert_damaged(path)
+
+
+@pytest.mark.parametrize("content", (torch.ones(3), [torch.ones(3)], "text"),
+                         ids=("tensor", "list", "text"))
+def test_a_file_that_holds_no_dictionary_is_named(content, tmp_path):
+    assert_damaged(saved(content, tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize("is_archive", (True, False), ids=("archive", "before 1.6"))
+def test_a_file_that_is_cut_off_anywhere_is_named(is_archive, tmp_path):
+    save = partial(torch.save, _use_new_zipfile_serialization=is_archive)
+    path = saved(CONTENT, tmp_path / "x.pt", save)
+    whole = path.read_bytes()
+
+    for length in range(0, len(whole), 5):
+        path.write_bytes(whole[:length])
+
+        assert_damaged(path)
+
+
+def test_one_wrong_bit_anywhere_is_named_or_changes_nothing(tmp_path):
+    """torch.load would read most of them as numbers, without a word."""
+    path = saved(CONTENT, tmp_path / "x.pt")
+    whole = path.read_bytes()
+
+    num_damaged = 0
+    for position in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        try:
+            content = dit.load_file(path)
+        except dit.DamagedFile as error:
+            num_damaged += 1
+            assert str(path) in str(error)
+            continue
+        assert torch.equal(content["a"], CONTENT["a"])              # it was between the records
+        assert content["b"] == CONTENT["b"]
+
+    assert num_damaged > 50
+
+
+def test_one_process_of_several_reads_the_checksums(tmp_path, monkeypatch):
+    path = saved(CONTENT, tmp_path / "x.pt")
+    whole = path.read_bytes()
+    numbers = CONTENT["a"].numpy().tobytes()
+    place = whole.index(numbers) + 7                                # an exponent
+    flipped = bytearray(whole)
+    flipped[place] ^= 1
+    path.write_bytes(flipped)
+
+    monkeypatch.setenv("RANK", "1")
+    content = dit.load_file(path)
+
+    assert not torch.equal(content["a"], CONTENT["a"])
+    monkeypatch.setenv("RANK", "0")
+    assert_damaged(path)
+
+
+TINY = ("--batch_size", 8, "--steps", 4, "--precision", "fp32", "--device", "cpu",
+        "--save_every", 2)
+STAGES = [*train.TABLE["paper 256"]]
+PAPER = copy.deepcopy(train.TABLE)
+for column in ("paper 256", "paper toy"):
+    train.TABLE[column]["drift"].update(samples=4, num_moved=2)
+
+
+def in_process(monkeypatch, *arguments):
+    """Run train.py's main() in this process; its signal handlers go when it is done."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    try:
+        train.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def start(folder, work, world=1):
+    """Call work(rank) in forks of this process, in one process group if several -> processes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def child(rank):
+        place = dict(WORLD_SIZE=world, RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=port)
+        if world > 1:
+            os.environ.update({name: str(value) for name, value in place.items()})
+        sys.stdout = sys.stderr = open(folder / f"rank{rank}.txt", "w", buffering=1)
+        torch.set_num_threads(1)
+        work(rank)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(folder, processes, seconds=120):
+    """Wait for processes -> (their exit codes, the lines that they wrote)."""
+    for process in processes:
+        process.join(seconds)
+        assert not process.is_alive() or process.kill()
+    text = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
+    lines = re.split("[\r\n]+", text)
+    return ([process.exitcode for process in processes],
+            [line for line in lines if line.strip() and "%|" not in line])
+
+
+def training(arguments, fault=None):
+    """The work of a process that runs train.py. fault(rank) is called first."""
+    def work(rank):
+        sys.argv = ["train.py", *map(str, arguments)]
+        if fault:
+            fault(rank)
+        train.main()
+    return work
+
+
+def run(folder, *arguments, world=1, fault=None):
+    return finish(folder, start(folder, training(arguments, fault), world))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Sixty drawings as JPEGs of three classes, in three colour modes."""
+    folder = tmp_path_factory.mktemp("photographs")
+    images, labels = train.make_toy_images(60, seed=9)
+    for i, (image, label) in enumerate(zip(images, labels)):
+        (folder / str(label % 3)).mkdir(exist_ok=True)
+        picture = Image.fromarray(image).resize((40, 50))
+        picture.convert(("RGB", "L", "CMYK")[i % 3]).save(folder / str(label % 3) / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photographs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for stage in STAGES:
+            in_process(monkeypatch, "--toy", "--data", photographs, "--out", out,
+                       "--stage", stage, *TINY)
+    return out
+
+
+def copy_inputs(trained, out, *stages):
+    out.mkdir(exist_ok=True)
+    for stage in stages:
+        (out / f"{stage}.pt").write_bytes((trained / f"{stage}.pt").read_bytes())
+
+
+def a_run(trained, photographs, out, stage, *more):
+    """The command of a short run of a stage, and in OUT what it starts from."""
+    copy_inputs(trained, out, *[other for other in STAGES if other != stage])
+    return ("--toy", "--data", photographs, "--out", out, "--stage", stage, *TINY,
+            "--steps", 6, *more)
+
+
+def lines_of(out, stage):
+    return [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
+
+
+def losses(out, stage):
+    return {line["step"]: (line["loss"], line["mse"]) for line in lines_of(out, stage)
+            if "loss" in line}
+
+
+def assert_equal_runs(out, straight, stage):
+    """Weights, EMA and moments bit for bit, and a log with every step once."""
+    ours, theirs = (dit.load_file(folder / f"{stage}.pt") for folder in (out, straight))
+    for part in ("model", "ema", "discriminator"):
+        for name, value in theirs.get(part, {}).items():
+            assert torch.equal(value, ours[part][name]), name
+    for part in ("optimizer", "d_optimizer"):
+        for k, moments in theirs.get(part, {}).get("state", {}).items():
+            for name in moments:
+                assert torch.equal(moments[name], ours[part]["state"][k][name])
+    told = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(folder, stage)
+             if "loss" in line] for folder in (out, straight)]
+    assert told[0] == told[1] and [step for step, *_ in told[0]] == [*range(1, len(told[0]) + 1)]
+
 
 # --- rae.py -----------------------------------------------------------------------------------------------------------
 
@@ -579,7 +2032,7 @@ def test_reading_a_file_runs_no_code_in_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, read in (("x.pt", dit.load_file),
                        (f"timm/{TINY_VIT}/model.safetensors", lambda path: rae.timm_network(TINY_VIT, tmp_path))):
-        with pytest.raises(Exception):
+        with pytest.raises((Exception, SystemExit)):
             read(saved([torch.ones(2), Hostile()], tmp_path / name))
     assert "evidence" not in os.listdir()
 
@@ -670,7 +2123,7 @@ def test_adversary_learns_the_hinge_loss_from_decoded_images_of_8_bits():
     logits = torch.tensor([[2.0, 0.5], [-3.0, 0.5]], requires_grad=True)                        # real, decoded
     adversary.discriminator = lambda both: shown.append(both) or logits
     images, z, half = torch.rand(1, 3, 32, 32), 3 * torch.rand(1, 3, 32, 32) - 1, torch.full((1, 10), 0.5)
-    metrics = adversary.learn(images, lambda z: z, z, half, share=0.5)
+    metrics = adversary.learn(images, z, half, share=0.5)
     assert metrics["d_loss"] == ((0 + 0.5) / 2 + (0 + 1.5) / 2) / 2 and metrics["d_accuracy"] == 0.75
     assert logits.grad.tolist() == [[0, -0.125], [0, 0.125]]
     assert torch.allclose(shown[0], torch.cat([images, (255 * z).round().clamp(0, 255) / 255]), atol=1e-6)
@@ -706,7 +2159,7 @@ def test_mean_and_covariance_are_numpys_in_any_batches_and_order():
     for batches in ([x], x.split(7), x.flip(0).split(50)):
         with torch.autocast("cpu", torch.bfloat16):
             extractor = fid.Extractor(lambda x: dict(pool=x), "identity", 12)
-            moments, features = fid.measure(extractor, batches, "cpu", keep=("pool",))
+            moments, features, _ = fid.measure(extractor, batches, "cpu", keep=("pool",))
         np.testing.assert_allclose(moments["pool"][0], x.double().numpy().mean(0), rtol=1e-9)
         np.testing.assert_allclose(moments["pool"][1], np.cov(x.double().numpy().T), rtol=1e-9, atol=1e-12)
         assert torch.equal(features["pool"], torch.cat([*batches]))
@@ -728,16 +2181,17 @@ def test_inception_has_the_published_tensors_and_the_pooling_of_2015(tmp_path):
         if weight.dim() == 4:
             torch.nn.init.kaiming_normal_(weight)           # torch's default loses the signal in 90 layers
     assert len(state) == 566 and sum(v.numel() for v in state.values()) == 23885486             # of INCEPTION_FILE
-    for name in ("Mixed_5b", "Mixed_5b.branch_pool", "Mixed_7c", "Mixed_7c.branch_pool", "Mixed_6e"):
+    for name in ("Mixed_5b.branch1x1", "Mixed_5b.branch_pool", "Mixed_7c.branch1x1", "Mixed_7c.branch_pool",
+                 "Mixed_6e.branch1x1"):                     # a branch is given the input of its block
         net.get_submodule(name).register_forward_hook(lambda _, inputs, out, name=name: seen.update({name: inputs[0]}))
     out = net(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     assert {k: tuple(v.shape) for k, v in out.items()} == dict(pool=(2, 2048), spatial=(2, 2023), logits=(2, 1008))
     assert all(v.isfinite().all() and v.std() > 0 and v.dtype == torch.float32 for v in out.values())
-    assert torch.equal(out["spatial"].view(2, 17, 17, 7)[:, 3, 5], seen["Mixed_6e"][:, :7, 3, 5])
+    assert torch.equal(out["spatial"].view(2, 17, 17, 7)[:, 3, 5], seen["Mixed_6e.branch1x1"][:, :7, 3, 5])
     torch.testing.assert_close(out["logits"], out["pool"] @ net.fc.weight.T)                    # no bias
-    corner = seen["Mixed_5b"][..., :2, :2]                  # a pixel in the corner has four neighbours, not nine
+    corner = seen["Mixed_5b.branch1x1"][..., :2, :2]                  # a pixel in the corner has four neighbours, not nine
     torch.testing.assert_close(seen["Mixed_5b.branch_pool"][..., 0, 0], corner.mean((2, 3)))
-    assert torch.equal(seen["Mixed_7c.branch_pool"][..., 0, 0], seen["Mixed_7c"][..., :2, :2].amax((2, 3)))
+    assert torch.equal(seen["Mixed_7c.branch_pool"][..., 0, 0], seen["Mixed_7c.branch1x1"][..., :2, :2].amax((2, 3)))
     torch.save(state, tmp_path / fid.INCEPTION_FILE)
     file, folder = (fid.make_extractor(weights=path) for path in (tmp_path / fid.INCEPTION_FILE, str(tmp_path)))
     net.fc.bias += 1
@@ -801,7 +2255,7 @@ def test_scores_of_files_are_those_of_the_definitions(fid_files, capsys):
     recorded = measured | dict(fid=fid.frechet_distance(x.mean(0), np.cov(x.T), np.zeros(3), np.eye(3)),
                                sfid=fid.frechet_distance(2 * x.mean(0), 4 * np.cov(x.T), np.ones(3), 2 * np.eye(3)))
     fid.main("stats half.npz --out made.npz --device cpu".split())
-    assert "inception-test" in capsys.readouterr().out
+    assert "inception-test" in capsys.readouterr().err
     for reference, expected in {"half.npz": measured | manifold, "made.npz": measured, "recorded.npz": recorded,
                                 "adm.npz": recorded | manifold}.items():
         expected = expected | dict(extractor="inception-test")
@@ -826,7 +2280,7 @@ def test_scores_of_two_processes_and_of_batches_are_those_of_one_process(fid_fil
         for command in ("half.npz images.npz --json", "folder images.npz --json", "stats images.npz --out made.npz"):
             fid.main([*command.split(), "--device", "cpu"])
         share = torch.from_numpy(fid_files // 2).permute(0, 3, 1, 2)[(0, 11)[rank]:(11, 25)[rank]]
-        print(json.dumps(fid.Scorer("images.npz", rank=rank, world=2)(share.split(4))))
+        print(json.dumps(fid.Scorer("images.npz", place=sample.Place(rank, 2, "cpu"))(share.split(4))))
     assert finish(Path(), start(Path(), work, world=2))[0] == [0, 0]
     printed = [Path(f"rank{rank}.txt").read_text().splitlines() for rank in range(2)]
     (*lines, third), (fourth,) = ([line for line in lines if line.startswith("{")] for lines in printed)
@@ -835,6 +2289,7 @@ def test_scores_of_two_processes_and_of_batches_are_those_of_one_process(fid_fil
         for name, score in json.loads(line).items():
             assert score == expected[name] or score == pytest.approx(expected[name], rel=1e-9)
     assert len(half) == 7 and fid.Scorer("made.npz")("half.npz")["fid"] == pytest.approx(half["fid"], rel=1e-9)
+
 
 # --- sample.py --------------------------------------------------------------------------------------------------------
 
@@ -885,7 +2340,7 @@ def test_classes_have_names_synonyms_and_numbers(sample_run):
     assert {text: sample.parse_classes(text, names) for text in texts} == texts
     assert sample.parse_classes("7, 1", ["1", "7", "2"]) == [1, 0]                              # names before numbers
     for text in ("golden retreiver", "1000", "-1", "tench,"):
-        with pytest.raises(SystemExit, match="--classes: no class"):
+        with pytest.raises(SystemExit, match="--classes: '"):
             sample.parse_classes(text, names)
     assert sample.load_all("student.pt")[2:] == (2.5, tuple("abcdefghij"))
 
@@ -938,111 +2393,13 @@ def test_frechet_distance_in_the_features_of_an_encoder_is_named_fd(sample_run):
     assert scores == pytest.approx(dict(extractor=extractor.name, fd=0, precision=1, recall=1), abs=1e-6)
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--ckpt nan.pt", "nan.pt: final_layer.linear.bias is not finite"), ("--ckpt student.pt --classes z", "class 'z'"),
-    ("--ckpt student.pt --release nan.pt", "needs a new name"), ("--ckpt student.pt --device cuda", "finds no GPU")])
+    ("--ckpt nan.pt", "nan.pt: final_layer.linear.bias is not finite"), ("--ckpt student.pt --classes z", "--classes: 'z'"),
+    ("--ckpt student.pt --release nan.pt", "nan.pt: exists"), ("--ckpt student.pt --device cuda", "finds no GPU")])
 def test_bad_input_of_sample_is_refused_before_an_image_is_drawn(sample_run, monkeypatch, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=message) as refusal:
         sample_run(f"{arguments} --out x")
     assert "\n" not in str(refusal.value) and not Path("x").exists()
-
-# --- train.py: recipes, data, one stage after the other -------------------------------------------------------------
-
-TINY = ("--batch_size", 8, "--steps", 4, "--precision", "fp32", "--device", "cpu", "--save_every", 2)
-STAGES, PAPER = [*train.TABLE["paper 256"]], copy.deepcopy(train.TABLE)
-for column in ("paper 256", "paper toy"):
-    train.TABLE[column]["drift"].update(samples=4, with_grad=2)
-
-def in_process(monkeypatch, *arguments):
-    """train.py's main() in this process; its signal handlers go when it is done."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    try:
-        train.main()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-def start(folder, work, world=1):
-    """Call work(rank) in forks of this process, in one process group if there are several -> processes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    def child(rank):
-        place = dict(WORLD_SIZE=world, RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        os.environ.update({name: str(value) for name, value in place.items()} if world > 1 else {})
-        sys.stdout = sys.stderr = open(folder / f"rank{rank}.txt", "w", buffering=1)
-        torch.set_num_threads(1)                            # a forked process hangs in a pool of threads
-        work(rank)
-    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    return processes
-
-def finish(folder, processes, seconds=120):
-    """Wait for processes -> (their exit codes, the lines that they wrote)."""
-    for process in processes:
-        process.join(seconds)
-        assert not process.is_alive() or process.kill()
-    lines = re.split("[\r\n]+", "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt"))))
-    return [process.exitcode for process in processes], [line for line in lines if line.strip() and "%|" not in line]
-
-def training(arguments, fault=""):
-    """The work of a process that runs train.py. fault: Python that runs first."""
-    def work(rank):
-        sys.argv = ["train.py", *map(str, arguments)]
-        exec(fault[rank] if isinstance(fault, list) else fault, globals())
-        train.main()
-    return work
-
-def run(folder, *arguments, world=1, fault=""):
-    return finish(folder, start(folder, training(arguments, fault), world))
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """Sixty drawings as JPEGs of three classes, in three colour modes."""
-    folder = tmp_path_factory.mktemp("photographs")
-    images, labels = train.make_toy_images(60, seed=9)
-    for i, (image, label) in enumerate(zip(images, labels)):
-        (folder / str(label % 3)).mkdir(exist_ok=True)
-        picture = Image.fromarray(image).resize((40, 50))
-        picture.convert(("RGB", "L", "CMYK")[i % 3]).save(folder / str(label % 3) / f"{i}.jpg")
-    return folder
-
-@pytest.fixture(scope="module")
-def trained(photographs, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for stage in STAGES:
-            in_process(monkeypatch, "--toy", "--data", photographs, "--out", out, "--stage", stage, *TINY)
-    return out
-
-def copy_inputs(trained, out, *stages):
-    out.mkdir(exist_ok=True)
-    for stage in stages:
-        (out / f"{stage}.pt").write_bytes((trained / f"{stage}.pt").read_bytes())
-
-def a_run(trained, photographs, out, stage, *more):
-    """The command of a short run of a stage, and in OUT what it starts from."""
-    copy_inputs(trained, out, *[s for s in STAGES if s != stage])
-    return ("--toy", "--data", photographs, "--out", out, "--stage", stage, *TINY, "--steps", 6, *more)
-
-def lines_of(out, stage):
-    return [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
-
-def losses(out, stage):
-    return {line["step"]: (line["loss"], line["mse"]) for line in lines_of(out, stage) if "loss" in line}
-
-def assert_equal_runs(out, straight, stage):
-    """Weights, EMA and moments bit for bit, and a log with every step once."""
-    ours, theirs = (dit.load_file(folder / f"{stage}.pt") for folder in (out, straight))
-    for part in ("model", "ema", "discriminator"):
-        assert [k for k, v in theirs.get(part, {}).items() if not torch.equal(v, ours[part][k])] == []
-    for part in ("optimizer", "d_optimizer"):
-        for k, moments in theirs.get(part, {}).get("state", {}).items():
-            assert all(torch.equal(moments[name], ours[part]["state"][k][name]) for name in moments)
-    told = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(folder, stage) if "loss" in line]
-            for folder in (out, straight)]
-    assert told[0] == told[1] and [step for step, *_ in told[0]] == list(range(1, len(told[0]) + 1))
 
 def test_toy_images():
     images, labels = train.make_toy_images(40, seed=3)
@@ -1065,54 +2422,91 @@ def test_the_papers_table_and_learning_rates():
     assert epochs == pytest.approx([1e-7, 2e-4, 1.1e-4, 2e-5], rel=1e-2, abs=1e-7)
 
 def tensors(count):
-    data = torch.utils.data.TensorDataset(torch.arange(count).view(count, 1), torch.arange(count) % 10)
-    data.classes, data.targets = tuple("abcdefghij"), data.tensors[1].tolist()
-    return data
+    return train.InMemory(torch.arange(count).view(count, 1), torch.arange(count) % 10, tuple("abcdefghij"))
 
 def test_samples_are_functions_of_seed_stage_and_number(photographs):
-    of = lambda stage, numbers: [train.Samples(tensors(100), "abcdefghij", (1, stage))[n] for n in numbers]
+    of = lambda stage, numbers: [train.Samples(tensors(100), "abcdefghij", dict(seed=1, stage=stage))[n] for n in numbers]
     assert of("flow", (950, 3, 420))[1:] == of("flow", (3, 420))
     epochs = [[int(x) for x, _ in of("flow", range(100 * e, 100 * e + 100))] for e in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(100)) and epochs[0] != epochs[1] != list(range(100))
     assert epochs[0] != [int(x) for x, _ in of("mid", range(100))]
-    of_class = train.Samples(tensors(100), "abcdefghij", (1, "drift"), 30)                      # 30 images of a class
+    of_class = train.Samples(tensors(100), "abcdefghij", dict(seed=1, stage="drift", samples=30))                      # 30 images of a class
     drawn, again = ([of_class[n] for n in numbers] for numbers in (range(20), range(19, -1, -1)))
     assert all(x.shape == (30, 1) and (x % 10 == label).all() for x, label in drawn)
     assert all(torch.equal(x, y) for (x, _), (y, _) in zip(drawn, again[::-1]))
     first, second = ([label for _, label in drawn[i:i + 10]] for i in (0, 10))
     assert sorted(first) == sorted(second) == list(range(10)) and first != second               # in another order
     assert len({int(i) for x, _ in drawn for i in x}) > 90                                      # of 100
-    folder = train.ImageFolder(photographs, loader=rae.read_image)
-    folder.transform = train.transform("statistics", 32)
-    plain = torch.stack([x for x, _ in folder])                                                 # (60, 3, 32, 32)
-    folder.transform, samples = train.transform("flow", 32), train.Samples(folder, folder.classes, (0, "flow"))
+    folder, c = train.Photographs(photographs), dict(seed=0, stage="statistics", resolution=32, flip=0.5)
+    still = train.Samples(folder, folder.classes, c | dict(flip=0))
+    plain = torch.stack([still[n][0] for n in range(60)])                                       # (60, 3, 32, 32)
+    samples = train.Samples(folder, folder.classes, c | dict(stage="flow"))
     seen = [samples[n][0] for n in range(240)]
     torch.manual_seed(5)                                                                        # this changes nothing
     assert torch.equal(samples[77][0], seen[77])
     straight, mirrored = (sum(any(torch.equal(x, y) for y in z) for x in seen) for z in (plain, plain.flip(3)))
     assert straight + mirrored >= 240 and 80 < mirrored < 160                                   # stage flow flips half
 
-def test_draws_of_a_step_do_not_depend_on_the_rows_that_a_process_takes():
-    c = dict(train.TABLE["paper 256"]["distill"], seed=3, batch_size=16)
-    a, b, other = [train.draw_step("distill", c, step, (4, 2, 2), 10, 6.93, "cpu") for step in (5, 5, 6)]
-    assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["noise"], other["noise"])
-    assert (a["r"] < a["t"]).nonzero().flatten().tolist() == [3, 7, 11, 15]
-    many = train.draw_step("distill", dict(c, batch_size=20_000, ratio_r_is_0=0.4), 0, (1, 1, 1), 10, 6.93, "cpu")
-    shares = [share.float().mean() for share in (many["r"] < many["t"], many["r"] == 0, many["dropped"])]
-    assert shares == pytest.approx([0.25, 0.1, 0.1], abs=0.01)                                  # 0.4 of 0.25 jump to 0
-    row = train.TABLE["paper 256"]
-    mid = train.draw_step("mid", dict(row["mid"], seed=0, batch_size=500), 0, (1, 1, 1), 10, 6.93, "cpu")
-    assert mid["pairs"].unique().tolist() == list(range(136)) and mid["y"].unique().tolist() == list(range(10))
-    decoder = train.draw_step("rae", dict(row["rae"], seed=0), 0, (9, 8, 8), 10, None, "cpu")
-    level = decoder["noise"].std((1, 2, 3))                                                     # one per image
-    assert 0.35 < level.mean() < 0.45 and level.min() < 0.05 and 0.75 < level.max() < 0.85
+def draws_of(stage, step=0, world=1, rank=0, latent_shape=(1, 1, 1), **changes):
+    """The draws of a stage for the rows of one of several processes."""
+    run = object.__new__(train.Run)
+    run.c = train.TABLE["paper 256"][stage] | {"seed": 3} | changes
+    run.stage = stage
+    run.device = "cpu"
+    run.place = sample.Place(rank, world, "cpu")
+    run.classes = range(10)
+    run.rae = SimpleNamespace(latent_shape=latent_shape)
+    return train.draw_rows(run, step)
+
+
+def test_draws_are_functions_of_seed_stage_and_row():
+    whole = draws_of("distill", 5, batch_size=16, latent_shape=(4, 2, 2))
+    again = draws_of("distill", 5, batch_size=16, latent_shape=(4, 2, 2))
+    other = draws_of("distill", 6, batch_size=16, latent_shape=(4, 2, 2))
+
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert not torch.equal(whole["noise"], other["noise"])
+    assert len(whole["noise"].unique()) == whole["noise"].numel()
+
+
+def test_the_owner_of_a_row_makes_its_draws():
+    whole = draws_of("distill", 5, batch_size=16, latent_shape=(4, 2, 2))
+    halves = [draws_of("distill", 5, 2, rank, (4, 2, 2), batch_size=16) for rank in range(2)]
+
+    for name, values in whole.items():
+        assert torch.equal(values, torch.cat([half[name] for half in halves]))
+
+
+def test_shares_of_the_draws_of_distill():
+    draws = draws_of("distill", batch_size=20_000, ratio_r_is_0=0.4)
+    t, r = meanflow.mean_flow_times(draws["uniform"], 6.93, draws["jumps"], draws["jumps_to_data"])
+
+    assert draws["jumps"].nonzero().flatten()[:4].tolist() == [3, 7, 11, 15]
+    shares = [(r < t).float().mean(), (r == 0).float().mean(), draws["dropped"].float().mean()]
+    assert shares == pytest.approx([0.25, 0.1, 0.1], abs=0.01)      # 0.4 of 0.25 jump to 0
+
+
+def test_draws_of_mid_reach_every_pair_and_label():
+    draws = draws_of("mid", batch_size=500)
+
+    assert draws["pairs"].unique().tolist() == list(range(136))
+    assert draws["y"].unique().tolist() == list(range(10))
+
+
+def test_noise_of_stage_rae_has_a_level_of_its_own_for_each_image():
+    level = draws_of("rae", latent_shape=(9, 8, 8))["noise"].std((1, 2, 3))
+
+    assert 0.35 < level.mean() < 0.45
+    assert level.min() < 0.05 and 0.75 < level.max() < 0.85
+
 
 def test_held_out_images_are_chosen_by_their_names(tmp_path):
     for i, image in enumerate(train.make_toy_images(120, seed=9)[0]):
         (tmp_path / str(i % 2)).mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / str(i % 2) / f"{i}.png")
-    args = argparse.Namespace(data=str(tmp_path), toy=True, dry_run=False, seed=0, resolution=256, where=(0, 1, "cpu"))
-    sets = lambda: [{x.numpy().tobytes() for x in part.tensors[0]} for part in train.load_data(args)]
+    args = argparse.Namespace(data=str(tmp_path), toy=True, dry_run=False, seed=0, flip=None,
+                              place=sample.Place(0, 1, "cpu"))
+    sets = lambda: [{x.numpy().tobytes() for x in part.images} for part in train.load_data(args)]
     seen, hidden = sets()
     assert 4 < len(hidden) < 24 and len(seen) == 2 * (120 - len(hidden))                        # and mirror images
     for name in ("0/0.png", "1/37.png"):
@@ -1122,16 +2516,29 @@ def test_held_out_images_are_chosen_by_their_names(tmp_path):
 
 def test_unreadable_images_are_named_and_replaced_and_too_many_end_the_run(photographs, tmp_path, capsys):
     bad = tmp_path / "bad.jpg"
-    folder = train.ImageFolder(photographs, train.transform("statistics", 32), loader=rae.read_image)
     bad.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x05IHDR\0\0")
+    folder = train.Photographs(photographs)
     folder.samples = folder.samples * 20                                                        # 1,200 images
-    expected, folder.samples[7] = folder[8], (str(bad), 0)
-    samples = train.Samples(folder, folder.classes)
-    assert torch.equal(samples[7][0], expected[0]) and samples[7][1] == expected[1]
+    folder.targets = folder.targets * 20
+    c = dict(seed=0, stage="statistics", resolution=32)
+    expected = train.Samples(folder, folder.classes, c)[8]
+    folder.samples[7] = (str(bad), 0)
+    samples = train.Samples(folder, folder.classes, c)
+    assert torch.equal(samples[7][0], expected[0]) and samples[7][1] == expected[1] == 0
     assert f"{bad}: " in capsys.readouterr().err
     folder.samples[9] = (str(tmp_path / "gone.jpg"), 0)
-    with pytest.raises(OSError, match="over 1 in 1,000 images cannot be read"):
+    with pytest.raises(train.UnreadableImages, match="1 in 1,000"):
         samples[9]
+
+
+def test_an_unreadable_image_is_replaced_by_one_of_its_class(photographs, tmp_path):
+    folder = train.Photographs(photographs)
+    folder.samples = folder.samples * 20
+    folder.targets = folder.targets * 20
+    folder.samples[19] = (str(tmp_path / "gone.jpg"), 0)    # the last of its class in a row of classes
+    samples = train.Samples(folder, folder.classes, dict(seed=0, stage="statistics", resolution=32))
+    assert samples[19][1] == 0
+
 
 def test_every_stage_writes_checkpoint_log_and_picture(trained):
     for stage in STAGES:
@@ -1143,508 +2550,2090 @@ def test_every_stage_writes_checkpoint_log_and_picture(trained):
         assert any(not torch.equal(v, content["model"][k]) for k, v in content["ema"].items())
         assert content["rae"]["state"]["var"].shape == (96, 4, 4) and len(content["classes"]) == 3
 
-Stopped = type("Stopped", (Exception,), {})                 # ends a run at a moment of a test's choice
+
+# --------------------------------------------------------------------------------------------------
+# What a run promises: the loop, whatever happens to it
+
+class Stopped(Exception):
+    """Ends a run at a moment of a test's choice."""
+
+
+def stop(*_, **__):
+    raise Stopped
+
 
 def stop_after_saving(monkeypatch, step):
     """The run ends as soon as the checkpoint of a step has its name."""
-    real = Path.replace
-    def replace(self, target):
-        result = real(self, target)
-        if str(target).endswith(".pt") and ".previous" not in str(target) and dit.load_file(target)["step"] == step:
+    save = train.Run.save
+
+    def save_and_stop(run):
+        save(run)
+        if run.step == step:
             raise Stopped
-        return result
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(train.Run, "save", save_and_stop)
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_resume_is_bitwise(stage, photographs, trained, tmp_path, monkeypatch):
-    copy_inputs(trained, tmp_path, *[s for s in STAGES if s != stage])
-    command = ("--toy", "--data", photographs, "--out", tmp_path, "--stage", stage, *TINY)
+
+def stopped_run(monkeypatch, step, *arguments):
+    """A run in this process that ends after it has saved a step."""
     with monkeypatch.context() as stopped, pytest.raises(Stopped):
-        stop_after_saving(stopped, 2)
-        in_process(stopped, *command)
-    torch.manual_seed(123)                                                                      # this changes nothing
-    if stage in ("distill", "bootstrap", "drift"):
-        (tmp_path / f"{train.STARTS_FROM[stage]}.pt").unlink()                                  # was for the start
-    in_process(monkeypatch, *command)
-    assert_equal_runs(tmp_path, trained, stage)
-    before = (tmp_path / f"{stage}.pt").stat().st_mtime_ns
-    in_process(monkeypatch, *command)                                                           # nothing is left to do
-    assert (tmp_path / f"{stage}.pt").stat().st_mtime_ns == before
+        stop_after_saving(stopped, step)
+        in_process(stopped, *arguments)
 
-@pytest.mark.parametrize("changed, refused", (
-    (("--seed", 1), "seed 0, not 1"), (("--recipe", "paper"), "guidance_scale 2.0, not 1.0"),
-    (("--lr", 1e-5, "--micro_batch", 2, "--steps", 5), None)))
-def test_resume_refuses_settings_that_shape_the_run(changed, refused, photographs, trained, tmp_path, monkeypatch):
-    copy_inputs(trained, tmp_path, *STAGES)
-    command = ("--toy", "--out", tmp_path, "--stage", "mid", *TINY, *changed)                   # mid needs no --data
-    if refused:
-        with pytest.raises(SystemExit, match=f"mid.pt: made with .*{refused}"):
-            in_process(monkeypatch, *command)
-    else:
-        in_process(monkeypatch, *command)
-        assert dit.load_file(tmp_path / "mid.pt")["step"] == 5
 
-def test_mid_training_reads_and_encodes_no_image(trained, tmp_path, monkeypatch):
-    copy_inputs(trained, tmp_path, "rae", "flow")
-    for owner, name in ((train, "load_data"), (train, "Samples"), (rae.Encoder, "forward")):
-        monkeypatch.setattr(owner, name, None)
-    in_process(monkeypatch, "--toy", "--out", tmp_path, "--stage", "mid", *TINY)
-    assert losses(tmp_path, "mid") == losses(trained, "mid")
-
-def test_labels_are_dropped_once_per_sample(photographs, trained, tmp_path, monkeypatch):
-    copy_inputs(trained, tmp_path, "rae", "flow", "mid")
-    embed, seen = torch.nn.Embedding.forward, []
-    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, y: seen.append(y.tolist()) or embed(self, y))
-    in_process(monkeypatch, "--toy", "--data", photographs, "--out", tmp_path, "--stage", "distill", *TINY,
-               "--batch_size", 100, "--steps", 1, "--derivative", "fd", "--recipe", "paper")
-    y = seen[0]                                                                                 # of the teacher
-    assert seen[:3] == [y, y[3::4] * 2, y] and 2 < y.count(3) < 25                              # 3: no class
-
-def test_micro_batches_and_processes_follow_the_same_loss(photographs, trained, tmp_path):
-    """The same draws, sums in another order: 1e-4 over four steps in float32."""
-    jobs = [(stage, 2, ()) for stage in ("flow", "mid", "distill", "drift")]
-    jobs += [(stage, world, ("--micro_batch", 2)) for world in (1, 2) for stage in STAGES[1:]]
-    for stage, world, extra in jobs:
-        out = tmp_path / f"{stage}{world}{len(extra)}"
-        command = a_run(trained, photographs, out, stage, "--steps", 4, *extra)
-        status, lines = run(tmp_path, *command, world=world)
-        assert status == [0] * world, lines
-        for step, values in losses(trained, stage).items():
-            assert losses(out, stage)[step] == pytest.approx(values, rel=1e-4), (stage, step)
-
-RANDOM = ("--resolution", 32, "--model", "toy", "--weights", "random", "--workers", 0)
-
-def test_the_path_of_imagenet_with_networks_of_random_weights(photographs, tmp_path, monkeypatch):
-    """LPIPS and the adversarial loss come in at their steps and resume; latents come from files; one step samples."""
-    paper, step, rates = ("--data", photographs, *TINY, *RANDOM), rae.Adversary.step, []
-    monkeypatch.setattr(rae.Adversary, "step", lambda self, lr: rates.append(lr) or step(self, lr))
-    decoder = (*paper, "--stage", "rae", "--encoder", TINY_VIT, "--checkpointing", "--steps", 8)
-    in_process(monkeypatch, *decoder, "--out", tmp_path / "a")
-    lines = {line["step"]: line for line in lines_of(tmp_path / "a", "rae") if "loss" in line}
-    assert [("d_loss" in lines[k], "gan" in lines[k]) for k in range(1, 9)] == (
-        3 * [(False, False)] + [(True, False)] + 4 * [(True, True)])
-    assert rates == [lines[k]["lr"] for k in range(1, 6)]                                       # a schedule of its own
-    for line in lines.values():
-        parts = line["l1"] + line["lpips"] + line.get("gan_weight", 0) * line.get("gan", 0)
-        assert line["lpips"] > 0 and line["loss"] == pytest.approx(parts, rel=1e-4)
-    with monkeypatch.context() as stopped, pytest.raises(Stopped):
-        stop_after_saving(stopped, 6)
-        in_process(stopped, *decoder, "--out", tmp_path / "b")
-    in_process(monkeypatch, *decoder, "--out", tmp_path / "b")
-    assert_equal_runs(tmp_path / "b", tmp_path / "a", "rae")
-    in_process(monkeypatch, *decoder, "--out", tmp_path / "c", "--micro_batch", 2)
-    for step in range(4, 6):                                                                    # norms are per sample
-        assert lines_of(tmp_path / "c", "rae")[step]["d_loss"] == pytest.approx(lines[step]["d_loss"], rel=1e-3)
-    for stage in STAGES[1:]:
-        in_process(monkeypatch, *paper, "--stage", stage, "--out", tmp_path / "a")
-        assert sorted(losses(tmp_path / "a", stage)) == [1, 2, 3, 4]
-    network, model, alpha, names = sample.load_all(tmp_path / "a" / "bootstrap.pt")
-    (_, images), = sample.make_images(network, model, alpha, torch.tensor([0, 1]))
-    assert images.shape == (2, 3, 32, 32) and alpha == 0.25 and model.encoder_config["name"] == TINY_VIT
-
-def test_statistics_of_two_processes_are_those_of_one(photographs, tmp_path, monkeypatch):
-    command = ("--data", photographs, *TINY, *RANDOM, "--stage", "rae", "--encoder", TINY_VIT, "--perceptual", 0)
-    in_process(monkeypatch, *command, "--out", tmp_path / "one")
-    status, lines = run(tmp_path, *command, "--out", tmp_path / "two", world=2)
-    assert status == [0, 0], lines
-    one, two = (lines_of(tmp_path / out, "rae")[1:] for out in ("one", "two"))
-    loss = lambda lines: [line["loss"] for line in lines]
-    assert loss(two) == pytest.approx(loss(one), rel=0.02)                                      # w is a process's own
-    assert loss(two[:2]) == pytest.approx(loss(one[:2]), rel=1e-4)
-    assert two[2]["d_loss"] == pytest.approx(one[2]["d_loss"], rel=1e-4)
-    one, two = (dit.load_file(tmp_path / out / "rae.pt")["rae"]["state"] for out in ("one", "two"))
-    folder = train.ImageFolder(photographs, loader=rae.read_image, transform=train.transform("statistics", 32))
-    encoder = rae.Encoder(TINY_VIT, 32, weights="random")
-    z = torch.cat([encoder(x[None] / 255) for x, _ in folder]).double()
-    for state in (one, two):
-        assert relative(state["var"], z.var(0, unbiased=False)) < 1e-5
-        assert ((state["mean"] - z.mean(0)) / z.std(0)).abs().max() < 1e-4
-
-def test_a_released_teacher_knows_imagenets_classes_by_name(photographs, trained, tmp_path, monkeypatch):
-    teacher = dit.DiTDH(4, 96, num_classes=1000, **dit.MODELS["toy"])
-    torch.save({"ema": teacher.state_dict()}, tmp_path / "released.pt")
-    copy_inputs(trained, tmp_path, "rae")
-    for i, folder in enumerate(("n02099601", "n01440764", "n07753592")):                        # 207, 0 and 954
-        shutil.copytree(photographs / str(i), tmp_path / "data" / folder)
-    file, common = tmp_path / "released.pt", ("--toy", "--out", tmp_path, *TINY)
-    in_process(monkeypatch, *common, "--stage", "mid", "--teacher", file)
-    assert dit.load_file(tmp_path / "mid.pt")["classes"][207] == "golden retriever"
-    seen, real = [], train.Samples.__getitem__
-    monkeypatch.setattr(train.Samples, "__getitem__", lambda self, n: seen.append(real(self, n)) or seen[-1])
-    in_process(monkeypatch, *common, "--stage", "distill", "--teacher", file, "--data", tmp_path / "data")
-    assert {int(label) for _, label in seen[-32:]} == {0, 207, 954}
-    with pytest.raises(SystemExit, match="--data: '0' is no class of the network"):
-        in_process(monkeypatch, *common, "--stage", "drift", "--data", photographs, "--init", file)
-
-@pytest.mark.parametrize("stage, derivative, callables", (
-    ("distill", "jvp", 3), ("distill", "fd", 3), ("bootstrap", "jvp", 2), ("mid", None, 2)))
-def test_compiled_steps_run_compiled(stage, derivative, callables, photographs, trained, tmp_path, monkeypatch):
-    """A backend counts graphs and runs: teacher, student and derivative run once each in a step."""
-    graphs, runs, compile = [], [], torch.compile
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return lambda *values: runs.append(len(graphs)) or graph(*values)
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda target: compile(target, backend=backend))
-    command = a_run(trained, photographs, tmp_path, stage, "--steps", 3, "--compile", "--sample_every", 99)
-    in_process(monkeypatch, *command, *(("--derivative", derivative) if derivative else ()))
-    evaluations = dict(mid=17).get(stage, callables)                                            # mid: 16 of the teacher
-    assert len(graphs) >= callables and len(runs) == 3 * evaluations, (len(graphs), len(runs))
-    if derivative != "fd":
-        for step in (1, 2, 3):
-            assert losses(tmp_path, stage)[step] == pytest.approx(losses(trained, stage)[step], rel=1e-3)
-
-def test_scores_during_training_are_those_of_sample_and_fid(photographs, trained, tmp_path, monkeypatch, capsys):
-    extractor = lambda *_: fid.Extractor(lambda x: dict(pool=x.float().mean((2, 3))), "inception-test", 3)
-    monkeypatch.setattr(fid, "make_extractor", extractor)
-    monkeypatch.setattr(train, "NUM_SCORED", 40)
-    copy_inputs(trained, tmp_path, *STAGES[:3])
-    np.savez(tmp_path / "ref.npz", train.make_toy_images(30, seed=2)[0])
-    command = ("--toy", "--data", photographs, "--out", tmp_path, "--stage", "distill", *TINY, "--sample_every", 3)
-    in_process(monkeypatch, *command, "--ref", tmp_path / "ref.npz")
-    (tmp_path / "distill.previous.pt").replace(tmp_path / "distill.pt")                         # as if killed after 3
-    in_process(monkeypatch, *command, "--ref", tmp_path / "ref.npz")
-    scores = {line["step"]: line["scores"] for line in lines_of(tmp_path, "distill") if "scores" in line}
-    assert [*scores] == [3, 4] and losses(tmp_path, "distill") == losses(trained, "distill")
-    command = f"sample.py --ckpt {tmp_path}/distill.pt --num 40 --device cpu --npz {tmp_path}/made.npz"
-    monkeypatch.setattr(sys, "argv", command.split())
-    sample.main()
+def refusal(monkeypatch, capsys, *arguments):
+    """The one line in which train.py refuses a command, by argparse or by SystemExit."""
     capsys.readouterr()
-    fid.main([str(tmp_path / "made.npz"), str(tmp_path / "ref.npz"), "--json", "--device", "cpu"])
-    offline = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert scores[4].pop("extractor") == offline.pop("extractor") and scores[4] == pytest.approx(offline, rel=1e-6)
+    with pytest.raises(SystemExit) as end:
+        in_process(monkeypatch, *arguments)
 
-def test_the_whole_toy_in_two_processes_reports_and_a_dry_run_leaves_nothing(tmp_path):
-    status, lines = run(tmp_path, "--toy", "--dry_run", "--out", tmp_path / "toy", "--device", "cpu", world=2)
-    assert status == [0, 0], lines
-    rows = [line.split()[:2] for line in lines if line.startswith(("flow ", "mid ", "drift "))]
-    assert rows == [["flow", n] for n in ("25", "4", "1")] + [[s, n] for s in ("mid", "drift") for n in ("1", "2", "4")]
-    assert not (tmp_path / "toy" / "dry_run").exists()
+    code = end.value.code
+    if code == 2:                               # argparse: the usage, and the line
+        usage, line = capsys.readouterr().err.splitlines()
+        return line
+    assert isinstance(code, str)
+    assert "\n" not in code.strip()
+    return code
 
-# --- what a run promises --------------------------------------------------------------------------------------------
 
-AT_STEP = """
-real, done = train.learning_rate, []
-def at(step, c):
-    if step == %d and not done:
-        done.append(1)
-        %s
-    return real(step, c)
-train.learning_rate = at
-"""
+def some_line(lines, *words):
+    """Whether a line has all the words."""
+    return any(all(word in line for word in words) for line in lines)
+
+
+def at_step(number, act):
+    """A fault: act() at the beginning of the step that follows step `number`."""
+    def fault(rank):
+        draw_rows = train.draw_rows
+
+        def draw_and_act(run, step):
+            if step == number:
+                act()
+            return draw_rows(run, step)
+        train.draw_rows = draw_and_act
+    return fault
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
 
 @pytest.fixture(scope="module")
 def straight(trained, photographs, tmp_path_factory):
-    """Folder of an undisturbed run of mid with six steps, by one or two processes; each is made once."""
-    made = {}
-    def get(world=1):
-        if world not in made:
-            made[world] = tmp_path_factory.mktemp("straight")
-            status, lines = run(made[world], *a_run(trained, photographs, made[world], "mid"), world=world)
+    """Folder of an undisturbed bootstrap of six steps, made once for each number of processes."""
+    folders = {}
+
+    def folder_of(world=1):
+        if world not in folders:
+            out = tmp_path_factory.mktemp("straight")
+            command = a_run(trained, photographs, out, "bootstrap")
+            status, lines = run(out, *command, world=world)
             assert status == [0] * world, lines
-        return made[world]
-    return get
+            folders[world] = out
+        return folders[world]
+    return folder_of
 
-def test_a_killed_run_goes_on_bit_for_bit(trained, photographs, straight, tmp_path):
-    """Killed in a step, while it writes a checkpoint, and between the two renames that put it in place."""
-    kill = "os.kill(os.getpid(), 9)"
-    writing = ("save = torch.save\ndef write(content, file):\n    save(content, file)\n    file.flush()\n"
-               f"    if content['step'] == 4: file.truncate(999), {kill}\ntorch.save = write")
-    rename = ("import pathlib\nreal, calls = pathlib.Path.replace, []\ndef replace(*a):\n    calls.append(a)\n"
-              f"    if len(calls) == 3: {kill}\n    return real(*a)\npathlib.Path.replace = replace")
-    for i, fault in enumerate((AT_STEP % (3, kill), writing, rename)):
-        command = a_run(trained, photographs, tmp_path / f"{i}", "mid")
-        assert run(tmp_path, *command, fault=fault)[0] == [-9]
-        status, lines = run(tmp_path, *command)
-        assert status == [0], lines
-        assert_equal_runs(tmp_path / f"{i}", straight(), "mid")
 
-@pytest.mark.parametrize("name, world", (("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGTERM", 2)))
-def test_signals_save_and_end(name, world, trained, photographs, straight, tmp_path):
+# Resuming
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_is_bitwise(stage, photographs, trained, tmp_path, monkeypatch):
+    command = a_run(trained, photographs, tmp_path, stage, "--steps", 4)
+    stopped_run(monkeypatch, 2, *command)
+    torch.manual_seed(123)                      # this changes nothing
+    starts_from = train.STAGES[stage].starts_from
+    if starts_from and not train.STAGES[stage].needs_teacher:
+        (tmp_path / f"{starts_from}.pt").unlink()               # was for the start alone
+
+    in_process(monkeypatch, *command)
+
+    assert_equal_runs(tmp_path, trained, stage)
+
+
+def test_a_complete_stage_is_left_alone(photographs, trained, tmp_path, monkeypatch):
+    copy_inputs(trained, tmp_path, *STAGES)
+    shutil.copy(trained / "drift.jsonl", tmp_path)
+    before = (tmp_path / "drift.pt").stat().st_mtime_ns
+
+    in_process(monkeypatch, "--toy", "--data", photographs, "--out", tmp_path,
+               "--stage", "drift", *TINY)
+
+    assert (tmp_path / "drift.pt").stat().st_mtime_ns == before
+    assert (tmp_path / "drift.jsonl").read_text() == (trained / "drift.jsonl").read_text()
+
+
+@pytest.mark.parametrize("flag, value, name", (
+    ("--seed", 1, "seed"), ("--recipe", "paper", "guidance_scale"),
+    ("--batch_size", 4, "batch_size")))
+def test_resume_refuses_settings_that_shape_the_run(
+        flag, value, name, trained, tmp_path, monkeypatch, capsys):
+    copy_inputs(trained, tmp_path, *STAGES)
+
+    line = refusal(monkeypatch, capsys, "--toy", "--out", tmp_path, "--stage", "mid", *TINY,
+                   flag, value)
+
+    assert f"{tmp_path}/mid.pt" in line
+    assert name in line
+
+
+def test_resume_allows_other_steps_learning_rates_and_micro_batches(
+        trained, tmp_path, monkeypatch):
+    copy_inputs(trained, tmp_path, *STAGES)
+
+    in_process(monkeypatch, "--toy", "--out", tmp_path, "--stage", "mid", *TINY,
+               "--steps", 5, "--lr", 1e-5, "--micro_batch", 2)
+
+    content = dit.load_file(tmp_path / "mid.pt")
+    assert content["step"] == 5
+    assert content["config"]["lr"] == 1e-5
+
+
+@pytest.mark.parametrize("change, name", (("names", "classes"), ("number", "num_images")))
+def test_other_data_under_the_same_out_are_refused(
+        change, name, photographs, trained, tmp_path, monkeypatch, capsys):
+    """Else the run reports steps and scores of a network that has never met these images."""
+    out = tmp_path / "out"
+    copy_inputs(trained, out, *STAGES)
+    data = tmp_path / "data"
+    shutil.copytree(photographs, data)
+    if change == "names":
+        (data / "2").rename(data / "3")
+    else:
+        image = next((data / "2").iterdir())
+        for i in range(20):                     # of which a tenth is held out
+            shutil.copy(image, data / "2" / f"more{i}.jpg")
+
+    line = refusal(monkeypatch, capsys, "--toy", "--data", data, "--out", out,
+                   "--stage", "flow", *TINY)
+
+    assert f"{out}/flow.pt" in line
+    assert name in line
+
+
+# Draws and labels
+
+def test_mid_training_reads_and_encodes_no_image(trained, tmp_path, monkeypatch):
+    copy_inputs(trained, tmp_path, "rae", "flow")
+    monkeypatch.setattr(train, "load_data", None)
+    monkeypatch.setattr(train, "Samples", None)
+    monkeypatch.setattr(rae.Encoder, "forward", None)
+
+    in_process(monkeypatch, "--toy", "--out", tmp_path, "--stage", "mid", *TINY)
+
+    assert losses(tmp_path, "mid") == losses(trained, "mid")
+
+
+def test_labels_are_dropped_once_per_row(photographs, trained, tmp_path, monkeypatch):
+    """The teacher, both points of the difference quotient and the student see equal labels."""
+    embed = torch.nn.Embedding.forward
+    labels = []
+
+    def embed_and_note(self, y):
+        labels.append(y.tolist())
+        return embed(self, y)
+    monkeypatch.setattr(torch.nn.Embedding, "forward", embed_and_note)
+
+    command = a_run(trained, photographs, tmp_path, "distill", "--batch_size", 100, "--steps", 1)
+    in_process(monkeypatch, *command, "--derivative", "fd", "--recipe", "paper")
+
+    teacher, derivative, student = labels[:3]
+    assert student == teacher
+    assert derivative == teacher[3::4] * 2      # every fourth row has r < t
+    assert 2 < teacher.count(3) < 25            # 3 is "no class"; a tenth is expected
+
+
+RANDOM = ("--resolution", 32, "--model", "toy", "--weights", "random", "--workers", 0)
+OTHER_PARTITIONS = ((1, 1), (1, 4), (2, None), (2, 4))          # (processes, micro-batch)
+
+
+def assert_one_loss(folder, command, stage, reference):
+    """Other micro-batches and processes follow the losses of a folder: the same draws and sums in
+    another order, within 1e-4 over four steps in float32."""
+    for world, micro_batch in OTHER_PARTITIONS:
+        out = folder / f"{world}_{micro_batch}"
+        shutil.copytree(folder / "starts", out)
+        more = ("--out", out, "--sample_every", 99)
+        if micro_batch:
+            more += ("--micro_batch", micro_batch)
+
+        status, lines = run(folder, *command, *more, world=world)
+
+        assert status == [0] * world, lines
+        for step, values in losses(reference, stage).items():
+            assert losses(out, stage)[step] == pytest.approx(values, rel=1e-4), (out, step)
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_micro_batches_and_processes_follow_one_loss(stage, photographs, trained, tmp_path):
+    command = a_run(trained, photographs, tmp_path / "starts", stage, "--steps", 4)
+
+    assert_one_loss(tmp_path, command, stage, trained)
+
+
+def test_micro_batches_and_processes_follow_one_loss_in_stage_rae(
+        photographs, tmp_path, monkeypatch):
+    """L1 and LPIPS. The GAN's weight is that of a process: see the test of two processes."""
+    command = ("--data", photographs, *TINY, *RANDOM, "--stage", "rae", "--encoder", TINY_VIT,
+               "--adversarial", 0)
+    in_process(monkeypatch, *command, "--out", tmp_path / "one")
+    lines = lines_of(tmp_path / "one", "rae")
+    expected = {line["step"]: line for line in lines if "loss" in line}
+
+    for world, micro_batch in OTHER_PARTITIONS:
+        out = tmp_path / f"{world}_{micro_batch}"
+        more = ("--micro_batch", micro_batch) if micro_batch else ()
+        status, lines = run(tmp_path, *command, "--out", out, *more, world=world)
+
+        assert status == [0] * world, lines
+        for line in lines_of(out, "rae"):
+            for name in {"loss", "l1", "lpips"} & line.keys():
+                assert line[name] == pytest.approx(expected[line["step"]][name], rel=1e-4), name
+
+
+def reencoding(monkeypatch):
+    """Stage drift with reencode, which the toy has for its own drawings alone."""
+    settings = train.settings
+
+    def with_reencode(stage, *arguments):
+        c = settings(stage, *arguments)
+        return c | {"reencode": True} if stage == "drift" else c
+    monkeypatch.setattr(train, "settings", with_reencode)
+
+
+def test_drift_with_reencode_resumes_and_follows_one_loss_in_two_processes(
+        photographs, trained, tmp_path, monkeypatch):
+    reencoding(monkeypatch)
+    calls = []
+    reencode = rae.RAE.reencode
+
+    def reencode_and_count(self, z):
+        calls.append(len(z))
+        return reencode(self, z)
+    monkeypatch.setattr(rae.RAE, "reencode", reencode_and_count)
+    one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
+    command = a_run(trained, photographs, one, "drift", "--steps", 4)
+    for out in (two, resumed):
+        copy_inputs(trained, out, "rae", "flow")
+
+    in_process(monkeypatch, *command)
+    assert calls == [16] * 4                    # of 8 classes two samples are moved
+    stopped_run(monkeypatch, 2, *command, "--out", resumed)
+    in_process(monkeypatch, *command, "--out", resumed)
+    status, lines = run(tmp_path, *command, "--out", two, world=2)
+
+    assert status == [0, 0], lines
+    assert_equal_runs(resumed, one, "drift")
+    assert losses(one, "drift") != losses(trained, "drift")
+    for step, values in losses(one, "drift").items():
+        assert losses(two, "drift")[step] == pytest.approx(values, rel=1e-4)
+
+
+# The exponential moving average
+
+@pytest.mark.parametrize("step, decay", ((0, 0.1), (1, 2 / 11), (90, 0.91), (10**6, 0.9999)))
+def test_the_decay_of_the_average_rises_so_that_the_start_is_soon_forgotten(step, decay):
+    assert train.ema_decay(step, {"ema": 0.9999}) == pytest.approx(decay)
+
+
+def test_the_decay_of_drift_rises_from_a_half_to_its_value_in_1000_steps():
+    c = PAPER["paper 256"]["drift"]
+
+    decays = [train.ema_decay(step, c) for step in range(2000)]
+
+    assert decays[0] == 0.5
+    assert decays[500] == pytest.approx((0.5 * c["ema"]) ** 0.5)
+    assert decays[1000:] == [c["ema"]] * 1000
+    assert decays == sorted(decays)
+
+
+def test_after_its_first_step_the_average_is_a_tenth_of_the_start(trained, tmp_path, monkeypatch):
+    copy_inputs(trained, tmp_path, "rae", "flow")
+    teacher, _ = dit.load_network(tmp_path / "flow.pt")
+    before = dit.student_of(teacher).state_dict()
+
+    in_process(monkeypatch, "--toy", "--out", tmp_path, "--stage", "mid", *TINY, "--steps", 1)
+
+    content = dit.load_file(tmp_path / "mid.pt")
+    changed = 0
+    for name, value in content["ema"].items():
+        expected = 0.1 * before[name] + 0.9 * content["model"][name]
+        assert torch.allclose(value, expected, rtol=1e-5, atol=1e-7), name
+        changed += not torch.equal(value, before[name])
+    assert changed > 20
+
+
+# The path of ImageNet, with networks of random weights
+
+@pytest.fixture(scope="module")
+def paper_decoder(photographs, tmp_path_factory):
+    """(command, folder) of stage rae with LPIPS and GAN: eight steps, saved every two."""
+    out = tmp_path_factory.mktemp("paper")
+    command = ("--data", photographs, *TINY, *RANDOM, "--stage", "rae", "--encoder", TINY_VIT,
+               "--checkpointing", "--steps", 8)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        in_process(monkeypatch, *command, "--out", out)
+    return command, out
+
+
+def step_lines(out, stage):
+    return {line["step"]: line for line in lines_of(out, stage) if "loss" in line}
+
+
+def test_discriminator_and_gan_come_in_at_their_steps(paper_decoder):
+    lines = step_lines(paper_decoder[1], "rae")
+
+    learns = [step for step in lines if "d_loss" in lines[step]]
+    judges = [step for step in lines if "gan" in lines[step]]
+
+    assert learns == [4, 5, 6, 7, 8]            # from 6/16 of the steps on
+    assert judges == [5, 6, 7, 8]               # from 1/2 on
+
+
+def test_loss_of_the_decoder_is_the_sum_of_its_parts(paper_decoder):
+    for line in step_lines(paper_decoder[1], "rae").values():
+        parts = line["l1"] + line["lpips"] + line.get("gan_weight", 0) * line.get("gan", 0)
+
+        assert line["lpips"] > 0
+        assert line["loss"] == pytest.approx(parts, rel=1e-4)
+
+
+def test_the_discriminator_has_a_schedule_of_its_own(paper_decoder, tmp_path, monkeypatch):
+    command, _ = paper_decoder
+    step = rae.Adversary.step
+    rates = []
+
+    def step_and_note(self, lr):
+        rates.append(lr)
+        step(self, lr)
+    monkeypatch.setattr(rae.Adversary, "step", step_and_note)
+
+    stopped_run(monkeypatch, 6, *command, "--out", tmp_path)
+
+    lines = step_lines(tmp_path, "rae")
+    assert rates == [lines[k]["lr"] for k in (1, 2, 3)]         # it began after three steps
+
+
+def test_the_decoder_and_its_discriminator_resume_bitwise(paper_decoder, tmp_path, monkeypatch):
+    command, out = paper_decoder
+    stopped_run(monkeypatch, 6, *command, "--out", tmp_path)
+
+    in_process(monkeypatch, *command, "--out", tmp_path)
+
+    assert_equal_runs(tmp_path, out, "rae")
+
+
+def test_a_micro_batch_is_normalised_by_itself_in_no_part_of_the_discriminator(
+        paper_decoder, tmp_path, monkeypatch):
+    command, out = paper_decoder
+    expected = step_lines(out, "rae")
+
+    stopped_run(monkeypatch, 6, *command, "--out", tmp_path, "--micro_batch", 2)
+
+    for step in (4, 5):
+        d_loss = step_lines(tmp_path, "rae")[step]["d_loss"]
+        assert d_loss == pytest.approx(expected[step]["d_loss"], rel=1e-3)
+
+
+def test_pictures_of_stage_rae_have_equal_crops_also_the_last_and_after_a_resume(
+        paper_decoder, tmp_path, monkeypatch):
+    command, _ = paper_decoder
+    crops = []
+    draw_grid = train.draw_grid
+
+    def note(images, *arguments):
+        rows = images.unflatten(0, (4, 2, 8))   # originals above their reconstructions
+        crops.append(rows[:, 0].clone())
+        return draw_grid(images, *arguments)
+    monkeypatch.setattr(train, "draw_grid", note)
+
+    stopped_run(monkeypatch, 4, *command, "--out", tmp_path, "--steps", 6)
+    in_process(monkeypatch, *command, "--out", tmp_path, "--steps", 6)
+
+    assert len(crops) == 3                      # of steps 2, 4 and, after the statistics, 6
+    assert torch.equal(crops[0], crops[1])
+    assert torch.equal(crops[0], crops[2])
+
+
+def test_the_stages_of_the_paper_train_one_after_the_other_and_sample_in_one_step(
+        paper_decoder, photographs, tmp_path, monkeypatch):
+    """Latents come from files, through the encoder, in every stage but mid."""
+    monkeypatch.setitem(train.TABLE["paper 256"]["mid"], "num_pairs", 4)
+    copy_inputs(paper_decoder[1], tmp_path, "rae")
+
+    for stage in STAGES[1:]:
+        in_process(monkeypatch, "--data", photographs, *TINY, *RANDOM, "--stage", stage,
+                   "--out", tmp_path)
+        assert sorted(losses(tmp_path, stage)) == [1, 2, 3, 4]
+
+    network, autoencoder, alpha, names = sample.load_all(tmp_path / "bootstrap.pt")
+    (_, images), = sample.make_images(network, autoencoder, alpha, torch.tensor([0, 1]))
+    assert images.shape == (2, 3, 32, 32)
+    assert alpha == 0.25                        # sqrt(64 * 2 * 2 / 4096)
+    assert names == ("0", "1", "2")
+    assert autoencoder.encoder_config["name"] == TINY_VIT
+
+
+@pytest.fixture(scope="module")
+def decoders_of_one_and_two(photographs, tmp_path_factory):
+    """Folders of stage rae with a GAN, by one process and by two."""
+    out = tmp_path_factory.mktemp("decoders")
+    command = ("--data", photographs, *TINY, *RANDOM, "--stage", "rae", "--encoder", TINY_VIT,
+               "--perceptual", 0)
+    for world in (1, 2):
+        status, lines = run(out, *command, "--out", out / f"{world}", world=world)
+        assert status == [0] * world, lines
+    return out / "1", out / "2"
+
+
+def test_losses_of_two_processes_with_a_gan_are_about_those_of_one(decoders_of_one_and_two):
+    one, two = (step_lines(out, "rae") for out in decoders_of_one_and_two)
+
+    for step in (1, 2, 3, 4):                   # from step 3 on the GAN's weight is a process's own
+        tolerance = 1e-4 if step < 3 else 0.02
+        assert two[step]["loss"] == pytest.approx(one[step]["loss"], rel=tolerance)
+    assert two[2]["d_loss"] == pytest.approx(one[2]["d_loss"], rel=1e-4)
+
+
+def test_statistics_of_one_and_of_two_processes_are_those_of_all_images(
+        decoders_of_one_and_two, photographs):
+    folder = train.Photographs(photographs)
+    c = {"seed": 0, "stage": "statistics", "resolution": 32}
+    samples = train.Samples(folder, folder.classes, c)
+    encoder = rae.Encoder(TINY_VIT, 32, weights="random")
+    z = torch.cat([encoder(samples[i][0][None] / 255) for i in range(60)]).double()
+
+    for out in decoders_of_one_and_two:
+        state = dit.load_file(out / "rae.pt")["rae"]["state"]
+        assert relative(state["var"], z.var(0, unbiased=False)) < 1e-5
+        assert ((state["mean"] - z.mean(0)) / z.std(0)).abs().max() < 1e-4
+
+
+# A released teacher, which knows ImageNet's classes
+
+@pytest.fixture(scope="module")
+def released(trained, photographs, tmp_path_factory):
+    """A folder with a teacher of 1,000 classes, mid.pt trained from it, and images of three."""
+    folder = tmp_path_factory.mktemp("released")
+    teacher = dit.DiTDH(4, 96, num_classes=1000, **dit.MODELS["toy"])
+    torch.save({"ema": teacher.state_dict()}, folder / "teacher.pt")
+    copy_inputs(trained, folder, "rae")
+    for i, name in enumerate(("n02099601", "n01440764", "n07753592")):
+        shutil.copytree(photographs / str(i), folder / "data" / name)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        in_process(monkeypatch, "--toy", "--out", folder, *TINY, "--stage", "mid",
+                   "--teacher", folder / "teacher.pt")
+    return folder
+
+
+def test_the_student_of_a_released_teacher_has_imagenets_names(released):
+    classes = dit.load_file(released / "mid.pt")["classes"]
+
+    assert tuple(classes) == sample.class_names()
+    assert classes[207] == "golden retriever"
+
+
+def test_images_have_the_released_teachers_labels(released, monkeypatch):
+    get = train.Samples.__getitem__
+    labels = []
+
+    def get_and_note(self, n):
+        item = get(self, n)
+        labels.append(int(item[1]))
+        return item
+    monkeypatch.setattr(train.Samples, "__getitem__", get_and_note)
+
+    in_process(monkeypatch, "--toy", "--out", released, *TINY, "--stage", "distill",
+               "--teacher", released / "teacher.pt", "--data", released / "data")
+
+    assert set(labels[-32:]) == {0, 207, 954}   # tench, golden retriever, banana
+
+
+def test_images_of_no_class_of_the_network_are_refused(
+        released, photographs, monkeypatch, capsys):
+    line = refusal(monkeypatch, capsys, "--toy", "--out", released, *TINY, "--stage", "drift",
+                   "--data", photographs, "--init", released / "teacher.pt")
+
+    assert "--data" in line
+    assert "'0'" in line
+
+
+# --compile, scores, and the whole toy
+
+@pytest.mark.parametrize("stage, derivative, callables, evaluations", (
+    ("distill", "jvp", 3, 3), ("distill", "fd", 3, 3), ("bootstrap", "jvp", 2, 2),
+    ("mid", None, 2, 17), ("drift", None, 1, 1)))
+def test_compiled_steps_run_compiled(
+        stage, derivative, callables, evaluations, photographs, trained, tmp_path, monkeypatch):
+    """A backend counts graphs and runs: network, teacher and derivative once each in a step.
+
+    Of mid the teacher runs 16 times, once for each step of its trajectories.
+    """
+    graphs = []
+    runs = []
+    compile_ = torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+
+        def call(*values):
+            runs.append(graph)
+            return graph(*values)
+        return call
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda target: compile_(target, backend=backend))
+    monkeypatch.setattr(meanflow, "total_derivative", meanflow.total_derivative)    # restored
+    command = a_run(trained, photographs, tmp_path, stage, "--steps", 3, "--sample_every", 99)
+
+    in_process(monkeypatch, *command, "--compile",
+               *(("--derivative", derivative) if derivative else ()))
+
+    assert len(graphs) >= callables
+    assert len(runs) == 3 * evaluations
+    if derivative != "fd":
+        for step in (1, 2, 3):
+            expected = losses(trained, stage)[step]
+            assert losses(tmp_path, stage)[step] == pytest.approx(expected, rel=1e-3)
+
+
+def mean_colours(*_):
+    """In place of Inception: an extractor whose features are the means of the three channels."""
+    def extract(images):
+        return {"pool": images.float().mean((2, 3))}
+    return fid.Extractor(extract, "inception-test", 3)
+
+
+@pytest.fixture
+def scored(photographs, trained, tmp_path, monkeypatch):
+    """A function that runs distill with --ref at steps 3 and 4, scores of 40 samples."""
+    monkeypatch.setattr(fid, "make_extractor", mean_colours)
+    monkeypatch.setattr(train, "NUM_SCORED", 40)
+    np.savez(tmp_path / "ref.npz", train.make_toy_images(30, seed=2)[0])
+
+    def run_distill(*more):
+        command = a_run(trained, photographs, tmp_path, "distill", "--steps", 4)
+        in_process(monkeypatch, *command, "--sample_every", 3, "--ref", tmp_path / "ref.npz",
+                   *more)
+    return run_distill
+
+
+def scores_of(out, stage):
+    return {line["step"]: line["scores"] for line in lines_of(out, stage) if "scores" in line}
+
+
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_scores_during_training_are_those_of_sample_and_fid(
+        precision, scored, tmp_path, monkeypatch, capsys):
+    """Sampling knows nothing of the training's autocast and of its precision of products."""
+    scored("--precision", precision)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", f"{tmp_path}/distill.pt",
+                                      "--num", "40", "--npz", f"{tmp_path}/made.npz",
+                                      "--device", "cpu"])
+    sample.main()
+    capsys.readouterr()
+
+    fid.main([f"{tmp_path}/made.npz", f"{tmp_path}/ref.npz", "--json", "--device", "cpu"])
+
+    offline = json.loads(capsys.readouterr().out.splitlines()[-1])
+    scores = scores_of(tmp_path, "distill")
+    assert [*scores] == [3, 4]
+    assert scores[4].pop("extractor") == offline.pop("extractor")
+    assert scores[4] == pytest.approx(offline, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_pictures_during_training_are_those_of_sample(
+        precision, photographs, trained, tmp_path, monkeypatch):
+    command = a_run(trained, photographs, tmp_path, "bootstrap", "--steps", 4)
+    in_process(monkeypatch, *command, "--precision", precision, "--sample_every", 99)
+
+    network, autoencoder, alpha, _ = sample.load_all(tmp_path / "bootstrap.pt")
+    (_, images), = sample.make_images(network, autoencoder, alpha, torch.arange(3).repeat(4))
+
+    picture = Image.open(tmp_path / "bootstrap.000004.png")
+    assert np.array_equal(np.asarray(picture), np.asarray(sample.draw_grid(images, 3)))
+
+
+def test_scores_come_again_after_a_kill_and_change_no_step(scored, trained, tmp_path):
+    scored()
+    first = scores_of(tmp_path, "distill")
+    (tmp_path / "distill.previous.pt").replace(tmp_path / "distill.pt")     # as if killed after 2
+
+    scored()
+
+    assert scores_of(tmp_path, "distill") == first
+    assert losses(tmp_path, "distill") == losses(trained, "distill")
+
+
+def test_the_whole_toy_in_two_processes_reports_and_a_dry_run_leaves_nothing(tmp_path):
+    status, lines = run(tmp_path, "--toy", "--dry_run", "--out", tmp_path / "toy",
+                        "--device", "cpu", world=2)
+
+    assert status == [0, 0], lines
+    stages = ("flow ", "mid ", "drift ")
+    rows = [line.split()[:2] for line in lines if line.startswith(stages)]
+    students = [[stage, steps] for stage in ("mid", "drift") for steps in ("1", "2", "4")]
+    assert rows == [["flow", "25"], ["flow", "4"], ["flow", "1"], *students]
+    assert not (tmp_path / "toy" / "dry_run").exists()
+
+
+# Kills, signals, full disks and damaged files
+
+def killed_while_writing(rank):
+    """A fault: killed when half of the checkpoint of step 4 is on the disk."""
+    save = torch.save
+
+    def write(content, path):
+        save(content, path)
+        if content["step"] == 4:
+            os.truncate(path, 999)
+            kill()
+    torch.save = write
+
+
+def killed_between_renames(rank):
+    """A fault: killed when the checkpoint of step 2 has moved away for that of step 4."""
+    replace = Path.replace
+
+    def rename(self, target):
+        target = Path(target)
+        if target.suffix == ".pt" and target.with_suffix(".previous.pt").exists():
+            kill()
+        return replace(self, target)
+    Path.replace = rename
+
+
+@pytest.mark.parametrize("fault", (
+    at_step(3, kill), killed_while_writing, killed_between_renames),
+    ids=("in_a_step", "while_writing", "between_renames"))
+def test_a_killed_run_goes_on_bit_for_bit(fault, trained, photographs, straight, tmp_path):
+    command = a_run(trained, photographs, tmp_path / "out", "bootstrap")
+    status, lines = run(tmp_path, *command, fault=fault)
+    assert status == [-signal.SIGKILL], lines
+
+    status, lines = run(tmp_path, *command)
+
+    assert status == [0], lines
+    assert_equal_runs(tmp_path / "out", straight(), "bootstrap")
+
+
+@pytest.mark.parametrize("name, world", (
+    ("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGTERM", 2)))
+def test_signals_save_and_end_and_the_same_command_goes_on(
+        name, world, trained, photographs, straight, tmp_path):
     number = getattr(signal, name)
-    command = a_run(trained, photographs, tmp_path / "out", "mid")
-    fault = AT_STEP % (2, f"os.kill(os.getpid(), {int(number)})")
-    status, lines = run(tmp_path, *command, world=world, fault=["", fault][-world:])            # of two, the second
-    assert status == [128 + number] * world, lines
-    assert f"mid: {name}, stopped at step 3; the same command goes on" in lines
-    assert dit.load_file(tmp_path / "out" / "mid.pt")["step"] == 3
-    assert run(tmp_path, *command, world=world)[0] == [0] * world
-    assert_equal_runs(tmp_path / "out", straight(world), "mid")
+    command = a_run(trained, photographs, tmp_path / "out", "bootstrap")
 
-def test_the_last_step_is_saved_before_its_statistics_and_scores(photographs, trained, tmp_path, monkeypatch):
-    command = ("--toy", "--data", photographs, "--out", tmp_path, "--stage", "rae", *TINY)
+    def send():
+        os.kill(os.getpid(), number)
+
+    def fault(rank):
+        if rank == world - 1:                   # of two processes, the second alone has it
+            at_step(2, send)(rank)
+
+    status, lines = run(tmp_path, *command, world=world, fault=fault)
+
+    assert status == [128 + number] * world, lines
+    assert some_line(lines, "bootstrap", name, "step 3")
+    assert dit.load_file(tmp_path / "out" / "bootstrap.pt")["step"] == 3
+    assert run(tmp_path, *command, world=world)[0] == [0] * world
+    assert_equal_runs(tmp_path / "out", straight(world), "bootstrap")
+
+
+def test_the_last_step_is_saved_before_its_statistics(
+        photographs, trained, tmp_path, monkeypatch):
+    command = a_run(trained, photographs, tmp_path, "rae", "--steps", 4)
     with monkeypatch.context() as stopped, pytest.raises(Stopped):
-        stopped.setattr(rae.RAE, "measure", lambda *_: (_ for _ in ()).throw(Stopped()))
+        stopped.setattr(rae.RAE, "measure", stop)
         in_process(stopped, *command)
     content = dit.load_file(tmp_path / "rae.pt")
-    assert content["step"] == 4 and "rae" not in content
-    in_process(monkeypatch, *command)
-    assert torch.equal(dit.load_file(tmp_path / "rae.pt")["rae"]["state"]["var"],
-                       dit.load_file(trained / "rae.pt")["rae"]["state"]["var"])
+    assert content["step"] == 4
+    assert "rae" not in content
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(trained, photographs, straight, tmp_path):
-    command, path = a_run(trained, photographs, tmp_path / "out", "mid"), tmp_path / "out" / "mid.pt"
-    assert run(tmp_path, *command, "--steps", 4)[0] == [0]
-    whole = path.read_bytes()
-    place = len(whole) // 2
-    for damaged in (whole[:-1000], whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:]):
-        shutil.copytree(tmp_path / "out", tmp_path / "copy")
-        (tmp_path / "copy" / "mid.pt").write_bytes(damaged)
-        status, lines = run(tmp_path, *command, "--out", tmp_path / "copy")
-        assert status == [0] and any("mid.pt: damaged" in line for line in lines), lines
-        assert_equal_runs(tmp_path / "copy", straight(), "mid")
-        shutil.rmtree(tmp_path / "copy")
-    path.write_bytes(whole[:-1000])
-    (tmp_path / "out" / "mid.previous.pt").write_bytes(whole[:9])
-    status, lines = run(tmp_path, *command)
-    assert status == [1] and "mid.pt: no whole checkpoint to go on from" in lines[-1]
-    assert path.read_bytes() == whole[:-1000]
+    in_process(monkeypatch, *command)
+
+    ours, theirs = (dit.load_file(out / "rae.pt")["rae"]["state"] for out in (tmp_path, trained))
+    assert torch.equal(ours["mean"], theirs["mean"])
+    assert torch.equal(ours["var"], theirs["var"])
+
+
+def test_the_last_step_is_saved_before_its_scores(scored, tmp_path, monkeypatch):
+    with monkeypatch.context() as stopped, pytest.raises(Stopped):
+        stopped.setattr(train.Run, "score", stop)
+        scored("--sample_every", 99)
+    assert dit.load_file(tmp_path / "distill.pt")["step"] == 4
+
+    scored("--sample_every", 99)
+
+    assert [*scores_of(tmp_path, "distill")] == [4]
+
+
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays_whole(
+        trained, photographs, straight, tmp_path, monkeypatch):
+    command = a_run(trained, photographs, tmp_path, "bootstrap")
+    save = torch.save
+
+    def write(content, path):
+        save(content, path)
+        if content["step"] == 4:
+            os.truncate(path, 999)
+            raise OSError("No space left on device")
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space"):
+        full.setattr(torch, "save", write)
+        in_process(full, *command)
+    assert dit.load_file(tmp_path / "bootstrap.pt")["step"] == 2
+
+    in_process(monkeypatch, *command)
+
+    assert_equal_runs(tmp_path, straight(), "bootstrap")
+
+
+def test_an_error_of_writing_leaves_the_file_that_was_there(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("before")
+
+    def write(temporary):
+        temporary.write_text("ha")
+        raise OSError("No space left on device")
+    with pytest.raises(OSError, match="No space"):
+        sample.write_whole(path, write)
+
+    assert path.read_text() == "before"
+
+
+def cut(content):
+    return content[:-1000]
+
+
+def flip_a_bit(content):
+    middle = len(content) // 2
+    flipped = bytes([content[middle] ^ 1])
+    return content[:middle] + flipped + content[middle + 1:]
+
+
+@pytest.mark.parametrize("damage", (cut, flip_a_bit))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+        damage, trained, photographs, straight, tmp_path, monkeypatch, capsys):
+    command = a_run(trained, photographs, tmp_path, "bootstrap")
+    stopped_run(monkeypatch, 4, *command)
+    path = tmp_path / "bootstrap.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    capsys.readouterr()
+
+    in_process(monkeypatch, *command)
+
+    assert some_line(capsys.readouterr().err.splitlines(), f"{path}:", "damaged")
+    assert_equal_runs(tmp_path, straight(), "bootstrap")
+
+
+def test_without_a_whole_checkpoint_a_run_is_refused_and_nothing_is_overwritten(
+        trained, photographs, tmp_path, monkeypatch, capsys):
+    command = a_run(trained, photographs, tmp_path, "bootstrap")
+    files = [tmp_path / "bootstrap.pt", tmp_path / "bootstrap.previous.pt"]
+    for file in files:
+        file.write_bytes(cut((trained / "bootstrap.pt").read_bytes()))
+    before = files[0].read_bytes()
+
+    line = refusal(monkeypatch, capsys, *command)
+
+    assert f"{files[0]}" in line
+    assert [file.read_bytes() for file in files] == [before, before]
+
+
+# Steps that are not finite
+
+def spoiled(is_spoiled):
+    """A fault: the noise of the last row of a step is no number; the last process draws it."""
+    def fault(rank):
+        draw_rows = train.draw_rows
+
+        def draw(run, step):
+            draws = draw_rows(run, step)
+            if is_spoiled(step) and run.place.rank == run.place.world - 1:
+                draws["noise"][-1] = math.nan
+            return draws
+        train.draw_rows = draw
+    return fault
+
+
+def assert_nothing_learnt(before, after):
+    """Equal weights, averages and moments, the discriminator's too."""
+    assert after["step"] == before["step"] + 1
+    assert after["skipped"] == before["skipped"] + 1
+    for part in ("model", "ema", "discriminator"):
+        for name, value in before.get(part, {}).items():
+            assert torch.equal(value, after[part][name]), name
+    for part in {"optimizer", "d_optimizer"} & before.keys():
+        for k, moments in before[part]["state"].items():
+            for name, value in moments.items():
+                assert torch.equal(value, after[part]["state"][k][name]), name
+
 
 @pytest.mark.parametrize("world", (1, 2))
-def test_a_step_without_finite_gradient_changes_nothing_and_ten_end_the_run(world, trained, photographs, tmp_path):
-    """The noise of the last sample is not a number; of two processes, the second one draws it."""
-    spoil = ("real = train.draw_step\ndef draw(stage, c, step, *more):\n    d = real(stage, c, step, *more)\n"
-             "    if %s: d['noise'][-1] = float('nan')\n    return d\ntrain.draw_step = draw")
-    command = a_run(trained, photographs, tmp_path / "out", "distill", "--save_every", 1)
-    status, lines = run(tmp_path, *command, "--steps", 4, world=world, fault=spoil % "step == 3")
-    assert status == [0] * world and any("distill: step 4 skipped" in line for line in lines), lines
-    before, after = (dit.load_file(tmp_path / "out" / name) for name in ("distill.previous.pt", "distill.pt"))
-    assert (before["step"], before["skipped"], after["step"], after["skipped"]) == (3, 0, 4, 1)
-    for part in ("model", "ema"):
-        assert all(torch.equal(v, after[part][k]) for k, v in before[part].items())
-    for k, moments in before["optimizer"]["state"].items():
-        assert all(torch.equal(moments[name], after["optimizer"]["state"][k][name]) for name in moments)
-    command = (*command, "--steps", 40, "--save_every", 100)
-    status, lines = run(tmp_path, *command, world=world, fault=spoil % "step > 6")
-    assert status == [1] * world and any("no finite gradient in ten steps" in line for line in lines), lines
-    assert dit.load_file(tmp_path / "out" / "distill.pt")["step"] == 4
-    status, lines = run(tmp_path, *command, "--steps", 8, world=world)
-    assert status == [0] * world and sorted(losses(tmp_path / "out", "distill")) == [1, 2, 3, 4, 5, 6, 7, 8]
+def test_a_step_without_finite_gradient_changes_nothing(world, trained, photographs, tmp_path):
+    out = tmp_path / "out"
+    command = a_run(trained, photographs, out, "distill", "--save_every", 1, "--steps", 4)
+
+    status, lines = run(tmp_path, *command, world=world, fault=spoiled(lambda step: step == 3))
+
+    assert status == [0] * world, lines
+    assert some_line(lines, "distill", "step 4")
+    before, after = (dit.load_file(out / f"distill{end}.pt") for end in (".previous", ""))
+    assert (before["step"], before["skipped"]) == (3, 0)
+    assert_nothing_learnt(before, after)
+
+
+def test_a_discriminator_without_finite_gradient_changes_nothing(
+        paper_decoder, tmp_path, monkeypatch):
+    """The decoder's loss and gradient are finite in this step, and yet it does not learn either."""
+    command, _ = paper_decoder
+    learn = rae.Adversary.learn
+
+    def learn_badly(self, *arguments):
+        metrics = learn(self, *arguments)
+        next(self.heads.parameters()).grad.fill_(math.nan)
+        return metrics
+    monkeypatch.setattr(rae.Adversary, "learn", learn_badly)
+
+    stopped_run(monkeypatch, 4, *command, "--out", tmp_path, "--save_every", 1)
+
+    before, after = (dit.load_file(tmp_path / f"rae{end}.pt") for end in (".previous", ""))
+    assert (before["step"], before["skipped"]) == (3, 0)        # the fourth is its first step
+    assert_nothing_learnt(before, after)
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_ten_steps_without_finite_gradient_end_the_run(world, trained, photographs, tmp_path):
+    out = tmp_path / "out"
+    command = a_run(trained, photographs, out, "bootstrap", "--steps", 40, "--save_every", 2,
+                    "--sample_every", 99)
+
+    status, lines = run(tmp_path, *command, world=world, fault=spoiled(lambda step: step > 2))
+
+    assert status == [1] * world
+    assert some_line(lines, "bootstrap", "ten steps")
+    content = dit.load_file(out / "bootstrap.pt")
+    assert content["step"] == 12
+    status, lines = run(tmp_path, *command, "--steps", 14, world=world)
+    assert status == [0] * world, lines
+    assert sorted(losses(out, "bootstrap")) == [*range(1, 15)]
+
+
+def test_the_log_is_strict_json_also_after_a_skipped_step(trained, photographs, tmp_path):
+    out = tmp_path / "out"
+    command = a_run(trained, photographs, out, "bootstrap", "--steps", 2)
+
+    status, lines = run(tmp_path, *command, fault=spoiled(lambda step: step == 0))
+
+    assert status == [0], lines
+    text = (out / "bootstrap.jsonl").read_text()
+    log = [json.loads(line, parse_constant=stop) for line in text.splitlines()]     # NaN, Infinity
+    steps = [line for line in log if "loss" in line]
+    assert [line["loss"] is None for line in steps] == [True, False]
+    assert [line["skipped"] for line in steps] == [1, 1]
+
+
+# Processes: workers that read files, and other runs
+
+WITH_WORKERS = (*TINY, *RANDOM, "--stage", "rae", "--encoder", TINY_VIT, "--perceptual", 0,
+                "--adversarial", 0, "--workers", 2)
+
 
 def test_a_crash_with_workers_that_read_files_ends_the_run(photographs, tmp_path):
-    """Workers must end on SIGTERM, with which the loader ends them: before, such a run hung for ever."""
-    fault = AT_STEP % (1, "raise IndexError('a bug in the loop')")
-    command = ("--data", photographs, *TINY, *RANDOM, "--stage", "rae", "--encoder", TINY_VIT, "--perceptual", 0,
-               "--adversarial", 0, "--workers", 2, "--out", tmp_path / "out")
-    status, lines = finish(tmp_path, start(tmp_path, training(command, fault)), seconds=60)
-    assert status == [1] and "a bug in the loop" in "\n".join(lines)
-    command = (*command[:-1], tmp_path / "group")           # as torchrun does it: the workers must not end first
-    status, lines = run(tmp_path, *command, fault="os.setsid()\n" + AT_STEP % (2, "os.killpg(0, signal.SIGTERM)"))
-    assert status == [143] and dit.load_file(tmp_path / "group" / "rae.pt")["step"] == 3, lines
+    """The loader ends its workers with SIGTERM. With the handler of the run they would ignore it,
+    and the run would wait for them for ever."""
+    def crash():
+        raise IndexError("a bug in the loop")
+    command = ("--data", photographs, *WITH_WORKERS, "--out", tmp_path / "out")
 
-def test_two_runs_never_share_a_folder(trained, photographs, tmp_path, monkeypatch):
-    command = a_run(trained, photographs, tmp_path, "mid")
-    with open(tmp_path / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="another run is writing there"):
-            in_process(monkeypatch, *command)
-    in_process(monkeypatch, *command)                                                           # the lock went with it
+    processes = start(tmp_path, training(command, at_step(1, crash)))
+    status, lines = finish(tmp_path, processes, seconds=60)
 
-def test_common_mistakes_end_in_one_line_before_any_work(photographs, trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rae, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError()))
+    assert status == [1]
+    assert some_line(lines, "a bug in the loop")
+
+
+def test_a_signal_to_the_group_saves_although_the_workers_get_it_too(photographs, tmp_path):
+    """As torchrun sends it: workers that ended first would end the run before it has saved."""
+    def signal_the_group():
+        os.killpg(0, signal.SIGTERM)
+
+    def fault(rank):
+        os.setsid()
+        at_step(2, signal_the_group)(rank)
+    command = ("--data", photographs, *WITH_WORKERS, "--out", tmp_path / "out")
+
+    status, lines = run(tmp_path, *command, fault=fault)
+
+    assert status == [128 + signal.SIGTERM], lines
+    assert dit.load_file(tmp_path / "out" / "rae.pt")["step"] == 3
+
+
+def wait_for(condition, seconds=60):
+    for _ in range(20 * seconds):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def test_two_runs_never_share_a_folder(trained, photographs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = a_run(trained, photographs, out, "bootstrap", "--steps", 2)
+
+    def wait():
+        (tmp_path / "running").touch()
+        wait_for((tmp_path / "go").exists)
+    processes = start(tmp_path, training(command, at_step(1, wait)))
+    wait_for((tmp_path / "running").exists)
+
+    line = refusal(monkeypatch, capsys, *command)
+    (tmp_path / "go").touch()
+    status, lines = finish(tmp_path, processes)
+
+    assert "--out" in line
+    assert f"{out}" in line
+    assert status == [0], lines
+    assert sorted(losses(out, "bootstrap")) == [1, 2]
+    in_process(monkeypatch, *command)           # the lock went with the process
+
+
+def test_workers_of_a_killed_run_do_not_keep_its_lock(tmp_path):
+    worker_file = tmp_path / "worker"
+
+    def work(rank):
+        held_lock = train.lock(tmp_path)        # noqa: F841 - kept open
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+        worker_file.write_text(str(worker))
+        kill()
+    process, = start(tmp_path, work)
+    wait_for(lambda: not process.is_alive())    # join would wait for the worker too
+    worker = int(worker_file.read_text())
+    os.kill(worker, 0)                          # it lives
+
+    train.lock(tmp_path).close()                # SystemExit, if it were held
+
+    os.kill(worker, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, capsys):
+    def no_lock(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(fcntl, "lockf", no_lock)
+
+    train.lock(tmp_path).close()
+
+    line, = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}" in line
+
+
+# Parts that do not belong together
+
+def stranger(path, what, out):
+    """A checkpoint like that of `path`, but of other classes, latents, or of another RAE -> out."""
+    content = dit.load_file(path)
+    if what == "classes":
+        content["classes"] = ("a", "b", "c")
+    elif what == "RAE":
+        state = content["rae"]["state"]
+        state["var"] = 2 * state["var"]
+    else:
+        name, value = dict(latents=("in_channels", 48), number=("num_classes", 5))[what]
+        content["network"][name] = value
+        content["ema"] = dit.DiTDH(**content["network"]).state_dict()
+        content.pop("classes")
+    return saved(content, out)
+
+
+@pytest.mark.parametrize("what", ("classes", "number", "latents", "RAE"))
+@pytest.mark.parametrize("flag, stage", (
+    ("--teacher", "flow"), ("--guidance_model", "flow"), ("--init", "mid")))
+def test_parts_of_other_classes_latents_or_another_rae_are_refused(
+        flag, stage, what, trained, photographs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = a_run(trained, photographs, out, "distill")
+    (out / "distill.pt").unlink(missing_ok=True)
+    file = stranger(trained / f"{stage}.pt", what, tmp_path / "stranger.pt")
+
+    line = refusal(monkeypatch, capsys, *command, flag, file)
+
+    assert what in line
+    assert any(f"{path}" in line for path in (file, out / "flow.pt"))
+    assert not (out / "distill.pt").exists()
+
+
+def test_another_rae_than_the_teachers_is_refused(
+        trained, photographs, tmp_path, monkeypatch, capsys):
+    command = a_run(trained, photographs, tmp_path / "out", "distill")
+    file = stranger(trained / "rae.pt", "RAE", tmp_path / "rae.pt")
+
+    line = refusal(monkeypatch, capsys, *command, "--rae", file)
+
+    assert "RAE" in line
+    assert not (tmp_path / "out" / "distill.pt").exists()
+
+
+def test_a_resolution_that_is_not_the_raes_is_refused(
+        trained, photographs, tmp_path, monkeypatch, capsys):
+    copy_inputs(trained, tmp_path, "rae")
+
+    line = refusal(monkeypatch, capsys, "--stage", "flow", "--data", photographs, *TINY, *RANDOM,
+                   "--out", tmp_path, "--resolution", 64)
+
+    assert "--resolution" in line
+    assert "64" in line and "32" in line
+    assert not (tmp_path / "flow.pt").exists()
+
+
+def other_weights(path, out):
+    """A checkpoint like that of `path` whose weights are others -> out."""
+    content = dit.load_file(path)
+    content["ema"] = {name: 1.01 * value for name, value in content["ema"].items()}
+    return saved(content, out)
+
+
+@pytest.mark.parametrize("flag", ("--teacher", "--guidance_model"))
+def test_a_resumed_run_refuses_another_teacher_or_guide(
+        flag, trained, photographs, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "network.pt"
+    shutil.copy(trained / "flow.pt", file)
+    command = a_run(trained, photographs, tmp_path / "out", "distill", flag, file)
+    stopped_run(monkeypatch, 2, *command)
+    file.unlink()
+    other_weights(trained / "flow.pt", file)
+
+    line = refusal(monkeypatch, capsys, *command)
+
+    assert f"{tmp_path}/out/distill.pt" in line
+    assert flag in line
+    assert dit.load_file(tmp_path / "out" / "distill.pt")["step"] == 2
+
+
+@pytest.fixture
+def published_teacher(trained, tmp_path, monkeypatch):
+    """What the hub would give where OUT has no teacher: another one of the same shapes."""
+    file = other_weights(trained / "flow.pt", tmp_path / "published.pt")
+    monkeypatch.setattr(train, "published", lambda *_: file)
+    return file
+
+
+def test_the_published_teacher_is_taken_where_there_is_no_own(
+        published_teacher, trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.TABLE["paper 256"]["mid"], "num_pairs", 4)
+    copy_inputs(trained, tmp_path, "rae")
+
+    in_process(monkeypatch, "--stage", "mid", *TINY, *RANDOM, "--out", tmp_path, "--steps", 1)
+
+    config = dit.load_file(tmp_path / "mid.pt")["config"]
+    ours, theirs = (dit.load_file(file)["ema"] for file in (published_teacher, trained / "flow.pt"))
+    assert config["parts"]["teacher"] == train.fingerprint(ours)
+    assert config["parts"]["teacher"] != train.fingerprint(theirs)
+
+
+def test_a_vanished_teacher_is_not_replaced_by_the_published_one_at_the_start(
+        published_teacher, trained, photographs, tmp_path, monkeypatch, capsys):
+    """mid.pt was trained with flow.pt, so distill must not begin with another teacher."""
+    copy_inputs(trained, tmp_path, "rae", "mid")
+
+    line = refusal(monkeypatch, capsys, "--stage", "distill", "--data", photographs, *TINY,
+                   *RANDOM, "--out", tmp_path)
+
+    assert "--teacher" in line
+    assert not (tmp_path / "distill.pt").exists()
+
+
+def test_a_vanished_teacher_is_not_replaced_by_the_published_one_on_resume(
+        published_teacher, trained, photographs, tmp_path, monkeypatch, capsys):
+    copy_inputs(trained, tmp_path, "rae", "flow", "mid")
+    command = ("--stage", "distill", "--data", photographs, *TINY, *RANDOM, "--out", tmp_path)
+    stopped_run(monkeypatch, 2, *command)
+    (tmp_path / "flow.pt").unlink()
+
+    line = refusal(monkeypatch, capsys, *command)
+
+    assert "--teacher" in line
+    assert dit.load_file(tmp_path / "distill.pt")["step"] == 2
+
+
+# Common mistakes end in one line, before any work
+
+MISTAKES = (  # arguments, words of the line
+    ("", "--stage", "--toy"),
+    ("--toy --data {tmp}/nowhere", "--data", "nowhere"),
+    ("--toy --data {tmp}/empty", "--data", "empty", "folder"),
+    ("--toy --data {data}", "--data", "2,570"),
+    ("--toy --stage mid", "out/flow.pt"),
+    ("--toy --stage mid --teacher {trained}/distill.pt", "distill.pt", "average velocity"),
+    ("--toy --stage bootstrap --data {data} --init {trained}/rae.pt", "rae.pt"),
+    ("--toy --stage rae --init {trained}/mid.pt", "--init", "flow"),
+    ("--toy --stage flow --adaptive_p 0", "--adaptive_p", "flow"),
+    ("--toy --stage mid --recipe paper --guidance_model {trained}", "--guidance_model"),
+    ("--toy --stage mid --ref {tmp}/nowhere", "--ref", "nowhere"),
+    ("--report {tmp}/nowhere.pt", "--report", "nowhere"),
+    ("--toy --stage mid --starts {tmp}/unfinished", "unfinished/flow.pt", "step 3"),
+    ("--stage mid", "stage2_model.pt", "--weights"),
+    ("--stage mid --resolution 64", "64", "--teacher"),
+    ("--stage flow", "--data"),
+    ("--stage rae --data {data} --encoder hf-hub:a/b", "hf-hub:a/b"),
+    ("--toy --device cuda", "--device"),
+)
+
+
+@pytest.mark.parametrize("arguments, words", [(text, words) for text, *words in MISTAKES])
+def test_common_mistakes_end_in_one_line_before_any_work(
+        arguments, words, photographs, trained, tmp_path, monkeypatch, capsys):
+    def no_network(*_):
+        raise OSError
+    monkeypatch.setattr(rae, "hf_hub_download", no_network)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "empty").mkdir()
-    toy, out = ("train.py", "--toy", "--out", tmp_path / "out"), ("--out", tmp_path / "out")
-    torch.save(dit.load_file(trained / "flow.pt") | dict(step=3), tmp_path / "empty" / "flow.pt")
-    table = {
-        ("train.py",): "give --stage, or --toy",
-        (*toy, "--data", tmp_path / "nowhere"): "--data .*nowhere: no such file or folder",
-        (*toy, "--data", tmp_path / "empty"): "--data .*empty: .*a folder of images per class",
-        (*toy, "--data", photographs): "the report needs over 2,570 images",
-        (*toy, "--stage", "mid"): "flow.pt: no such file",
-        (*toy, "--stage", "mid", "--teacher", trained / "distill.pt"): "--teacher .*: has an average velocity",
-        (*toy, "--stage", "bootstrap", "--data", photographs, "--init", trained / "rae.pt"): "rae.pt: holds no",
-        (*toy, "--stage", "rae", "--init", trained / "mid.pt"): "--init belongs to --stage flow",
-        (*toy, "--stage", "flow", "--adaptive_p", "0"): "--adaptive_p: stage flow has no such setting",
-        (*toy, "--stage", "mid", "--recipe", "paper", "--guidance_model", trained): "no effect at guidance scale 1",
-        ("train.py", "--toy", "--stage", "mid", "--out", tmp_path / "empty"): "flow.pt: stopped at step 3; finish it",
-        (*toy, "--micro_batch", "7"): "--batch_size 64 of rae: no multiple of",
-        ("train.py", "--stage", "mid", *out): "stage2_model.pt: not in the cache.*--weights",
-        ("train.py", "--stage", "mid", "--resolution", "64", *out): "--resolution 64: published weights are for",
-        ("train.py", "--stage", "rae", "--data", photographs, "--encoder", "hf-hub:a/b", *out): "no model of timm",
-    }
-    for command, expected in table.items():
-        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-        with pytest.raises(SystemExit) as end:
-            train.main()
-        written = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
-        line = end.value.code if isinstance(end.value.code, str) else written[-1]               # the rest is argparse's
-        assert end.value.code not in (0, None) and re.search(expected, line) and len(written) <= 2, (command, written)
-        assert not [*tmp_path.glob("out/*.pt")]
-    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(SystemExit, match="mid: out of memory; .*--memory"):
-        in_process(monkeypatch, "--toy", "--out", tmp_path / "other", "--stage", "mid")
+    out = tmp_path / "out"
+    if "--starts" in arguments:                 # OUT holds a teacher that is not finished
+        out = tmp_path / "unfinished"
+        unfinished = dit.load_file(trained / "flow.pt") | {"step": 3}
+        saved(unfinished, out / "flow.pt")
+        arguments = arguments.partition("--starts")[0]
+    places = dict(tmp=tmp_path, data=photographs, trained=trained)
+    command = arguments.format(**places).split()
 
-def test_readme_names_flags_files_and_lines_that_exist():
-    text, flags = (HERE / "README.md").read_text(), {"test_all.py": BENCH_FLAGS, "meanflow.py": set(), "dit.py": set()}
-    for script in ("train.py", "sample.py", "fid.py", "rae.py"):
-        flags[script] = set(re.findall(r"add(?:_argument)?\(\s*\"(--\w+)", (HERE / script).read_text()))
+    line = refusal(monkeypatch, capsys, *command, "--out", out)
+
+    assert some_line([line], *words), line
+    assert not [path for path in out.glob("*.pt") if path.name != "flow.pt"]
+
+
+@pytest.mark.parametrize("flag, value", (
+    ("--steps", "0"), ("--steps", "x"), ("--steps", "1.5"), ("--batch_size", "-1"),
+    ("--micro_batch", "0"), ("--lr", "0"), ("--lr", "nan"), ("--flip", "1.5"), ("--flip", "-0.1"),
+    ("--guidance_scale", "-1"), ("--ratio_r_is_0", "2"), ("--ratio_r_not_equal_t", "-1"),
+    ("--adaptive_p", "1.1"), ("--perceptual", "-1"), ("--adversarial", "-1"), ("--seed", "-1"),
+    ("--workers", "-1"), ("--save_every", "0"), ("--sample_every", "0"), ("--resolution", "100"),
+    ("--derivative", "exact"), ("--device", "gpu"), ("--precision", "fp16"), ("--model", "L")))
+def test_values_that_no_run_can_have_are_refused(flag, value, tmp_path, monkeypatch, capsys):
+    line = refusal(monkeypatch, capsys, "--toy", "--stage", "mid", "--out", tmp_path / "out",
+                   f"{flag}={value}")
+
+    assert flag in line
+    assert value in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(trained, photographs, tmp_path):
+    command = a_run(trained, photographs, tmp_path / "out", "bootstrap", "--batch_size", 7)
+
+    status, lines = run(tmp_path, *command, world=2)
+
+    assert status == [1, 1]
+    assert some_line(lines, "--batch_size", "7", "2")
+
+
+def test_out_of_memory_ends_in_one_line_that_names_what_helps(
+        trained, photographs, tmp_path, monkeypatch, capsys):
+    def too_much(*_):
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(train, "train", too_much)
+
+    line = refusal(monkeypatch, capsys, "--toy", "--out", tmp_path, "--stage", "mid")
+
+    assert some_line([line], "mid", "--micro_batch", "--checkpointing")
+
+
+def test_hidden_folders_are_no_classes(photographs, tmp_path):
+    """Notebooks leave .ipynb_checkpoints beside the classes."""
+    data = tmp_path / "data"
+    shutil.copytree(photographs, data)
+    shutil.copytree(photographs / "0", data / ".ipynb_checkpoints")
+
+    folder = train.Photographs(data)
+
+    assert tuple(folder.classes) == ("0", "1", "2")
+    assert len(folder) == 60
+
+
+@pytest.mark.parametrize("names", (("train", "test"), ("train", "val"), ("validation",)))
+def test_a_folder_of_train_and_test_is_no_folder_of_classes(
+        names, photographs, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    for name in names:
+        shutil.copytree(photographs, data / name)
+
+    line = refusal(monkeypatch, capsys, "--toy", "--stage", "rae", "--data", data,
+                   "--out", tmp_path / "out")
+
+    assert "--data" in line
+    assert f"{data / names[-1]}" in line or f"{data / names[0]}" in line
+    assert not (tmp_path / "out" / "rae.pt").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# README
+
+README = HERE / "README.md"
+LAUNCHER = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts",
+            "--signal"}
+
+
+def flags_of_scripts():
+    """{script: its flags}, read off the calls of add_argument."""
+    flags = {}
+    for script in HERE.glob("*.py"):
+        calls = re.findall(r"add(?:_argument)?\(\s*\"(--\w+)", script.read_text())
+        flags[script.name] = set(calls)
     flags["train.py"] |= {f"--{name}" for name in train.FLAGS}
-    launcher = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts", "--signal"}
-    assert set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) <= launcher.union(*flags.values())
-    fenced = "\n".join(re.findall(r"^```\n(.*?)^```$", text, re.S | re.M)).replace("\\\n", " ")
-    commands = [part for line in fenced.splitlines() for part in line.split("#")[0].split("&&") if ".py" in part]
-    commands += re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", text)
+    return flags
+
+
+def commands_of_readme():
+    """The commands that run a script, from README's blocks of code and its lines."""
+    text = README.read_text()
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```$", text, re.S | re.M))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    parts = [part for line in lines for part in line.split("#")[0].split("&&")]
+    inline = re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", text)
+    return [part for part in parts if re.search(r"(python3?|torchrun) .*\.py", part)] + inline
+
+
+def test_flags_that_readme_names_exist():
+    known = LAUNCHER.union(*flags_of_scripts().values())
+
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", README.read_text()))
+
+    assert named <= known
+
+
+def test_commands_of_readme_have_flags_of_their_scripts():
+    flags = flags_of_scripts()
+    commands = commands_of_readme()
     assert len(commands) > 10
+
     for command in commands:
         before, script, after = re.match(r"(.*?)(\w+\.py)(.*)", command).groups()
-        assert set(re.findall(r"--[a-z]\w+", after)) <= flags.get(script, set()), command
-        assert set(re.findall(r"--[a-z]\w+", before)) <= launcher, command
-    assert all((HERE / link).exists() for link in re.findall(r"\]\((?!http|#)([^)#]+)", text))
-    headings = [re.sub(r"[^\w -]", "", heading).strip().lower() for heading in re.findall(r"^##+ (.*)", text, re.M)]
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= {heading.replace(" ", "-") for heading in headings}
-    for name, file, line in re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", text):
-        found = (HERE / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf"(def|class) {name}\b", found), f"{file}: {name} is not in line {line}"
-    assert all(f"def {name}" in Path(__file__).read_text() for name in re.findall(r"`(test_\w+)[.]*`", text))
-    setup = [line for line in text.splitlines() if line.startswith("pip install -r requirements.txt && ")]
-    assert len(setup) >= 2 and "train.py --toy" in setup[0] and "pytest" in setup[1]
+        assert script in flags, command
+        assert set(re.findall(r"--[a-z]\w+", after)) <= flags[script], command
+        assert set(re.findall(r"--[a-z]\w+", before)) <= LAUNCHER, command
 
-# --- python test_all.py --bench: time and memory of a step of each stage; --memory: which micro-batch fits a GPU ------
 
-BENCH = dict(model="toy", resolution=256, batch_size=8, precision="fp32", derivative="jvp", stage="all",
-             device="cuda" if torch.cuda.is_available() else "cpu")
-BENCH_FLAGS = {"--bench", "--memory", "--compile", "--checkpointing", *(f"--{name}" for name in BENCH)}
+def test_files_and_headings_that_readme_links_exist():
+    text = README.read_text()
+    files = re.findall(r"\]\((?!http|#)([^)#]+)", text)
+    anchors = re.findall(r"\]\(#([^)]+)\)", text)
+
+    headings = re.findall(r"^##+ (.*)", text, re.M)
+    plain = [re.sub(r"[^\w -]", "", heading).strip().lower() for heading in headings]
+
+    assert [file for file in files if not (HERE / file).exists()] == []
+    assert set(anchors) <= {heading.replace(" ", "-") for heading in plain}
+
+
+def test_lines_that_readme_links_hold_the_functions_that_it_names():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README.read_text())
+
+    for name, file, number in links:
+        line = (HERE / file).read_text().splitlines()[int(number) - 1]
+        assert re.match(rf"\s*(def|class) {name}\b|{name} = ", line), f"{file}#L{number}: {name}"
+
+
+def test_tests_that_readme_names_exist():
+    names = re.findall(r"`(test_\w+)[.]*`", README.read_text())
+
+    tests = Path(__file__).read_text()
+
+    assert [name for name in names if name != "test_all" and f"def {name}" not in tests] == []
+
+
+def test_readme_has_the_two_commands_that_set_up():
+    beginning = "pip install -r requirements.txt && "
+    lines = README.read_text().splitlines()
+
+    set_up = [line for line in lines if line.startswith(beginning)]
+
+    assert len(set_up) >= 2
+    assert "train.py --toy" in set_up[0]
+    assert "pytest" in set_up[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# What a step costs: `python test_all.py --bench`, --memory and --gpu
+#
+# A stage is built by train.Run itself, but of networks with random weights, and a step is made of
+# the pieces that train.train() is made of. So there is no second implementation of a stage here.
+
+WEIGHT_NOISE = 0.02  # added to all weights, since a layer of zeros hides every layer before it
+NUM_GPUS = 8  # on which a stage trains; a measurement has the rows of one of them
+
+
+class RandomRun(train.Run):
+    """A stage as train.Run builds it, but of random weights, without files and without images."""
+
+    def __init__(self, args, stage):
+        toy = args.model == "toy"
+        self.args = stage_arguments(args, stage)
+        self.c = stage_settings(args, stage)
+        self.stage = stage
+        self.place = sample.Place(rank=0, world=1, device=args.device)
+        self.device = args.device
+        self.step = self.c["steps"] - 1                     # the discriminator trains by now
+        self.state = {}
+        self.encoded = toy and stage != "rae"               # the toy's latents lie in memory
+
+        data = SimpleNamespace(classes=range(10 if toy else 1000))
+        networks = mock.patch.object(train, "choose_networks", random_networks)
+        with networks, torch.device(self.device):
+            self.build(data)
+
+    def describe(self, data):
+        """Nothing is written: there is no folder."""
+
+    def set_callables(self):
+        with torch.no_grad():
+            for network in filter(None, [self.model, self.teacher]):
+                for weight in network.parameters():
+                    weight += WEIGHT_NOISE * torch.randn_like(weight)
+        super().set_callables()
+
+    def batch(self):
+        """-> random images, of the toy latents, and labels, as Run.load yields them."""
+        B = self.c["batch_size"]
+        size = self.args.resolution
+        rows = (B, self.c["samples"]) if "samples" in self.c else (B,)
+        with torch.device(self.device):
+            y = torch.zeros(B, dtype=torch.long)                                # (B,)
+            if self.encoded:
+                return torch.randn(*rows, *self.rae.latent_shape), y            # (B, [M,] C, G, G)
+            return torch.randint(256, (*rows, 3, size, size), dtype=torch.uint8), y
+
+    def activation_units(self):
+        """Tokens times layers times width of one sample, as in train.default_micro_batch."""
+        matrices = [weight for weight in self.params if weight.dim() == 2]
+        layers = sum(weight.shape[0] for weight in matrices) / 16
+        return self.rae.latent_shape[1] ** 2 * layers
+
+
+def stage_arguments(args, stage):
+    """What the command line of train.py would give for a stage, of the size args.model."""
+    toy = args.model == "toy"
+    given = {
+        "stage": stage, "toy": toy, "resolution": 32 if toy else args.resolution, "seed": 0,
+        "recipe": "paper", "data": None, "model": args.model, "encoder": None, "weights": "random",
+        "wandb": False,
+    }
+    for name in ("batch_size", "micro_batch", "precision", "compile", "checkpointing"):
+        given[name] = getattr(args, name)
+    if stage in ("distill", "bootstrap"):
+        given["derivative"] = args.derivative
+    return argparse.Namespace(**dict.fromkeys(train.FLAGS) | given)
+
+
+def stage_settings(args, stage):
+    """The settings of a stage, whose batch is by default that of one of eight GPUs."""
+    c = train.settings(stage, stage_arguments(args, stage))
+    if args.model != "toy" and args.batch_size is None:
+        c["batch_size"] //= NUM_GPUS
+    return c
+
+
+def num_samples(c):
+    """How many samples go through the network with a gradient, in a step of these settings."""
+    return c["batch_size"] * c.get("num_pairs", c.get("num_moved", 1))
+
+
+def random_networks(run, data):
+    """In place of train.choose_networks: an RAE, the start of the stage, and its teacher."""
+    toy = run.args.toy
+    size = run.args.resolution
+    stage = train.STAGES[run.stage]
+    encoder = rae.Encoder("toy" if toy else None, size, weights="random").eval()
+    channels = encoder.config["channels"]
+    grid = encoder.grid
+    decoder = rae.Decoder(channels, grid, size // grid, **rae.DECODERS["toy" if toy else "XL"])
+    run.rae = rae.RAE(encoder, decoder).requires_grad_(False)
+    run.alpha = meanflow.alpha_of(channels, grid)
+    run.classes = tuple(data.classes)
+
+    def network(average_velocity):
+        return dit.DiTDH(grid, channels, num_classes=len(run.classes),
+                         average_velocity=average_velocity, **dit.MODELS[run.args.model])
+
+    run.model = network(stage.average_velocity)
+    if stage.needs_teacher:
+        run.teacher = network(False).requires_grad_(False)
+
+
+def take_step(run, x, y, lap=lambda piece: None):
+    """The step of train.train(), without its log. lap is called after each piece, with its name."""
+    draws = train.draw_rows(run, run.step)
+    lap("draws")
+
+    if run.stage == "rae":
+        train.rae_gradients(run, x, y, draws)
+    else:
+        stage = train.STAGES[run.stage]
+        y = torch.where(draws["dropped"], len(run.classes), draws.get("y", y))
+        with torch.no_grad(), run.autocast():
+            x = run.latents(x) if stage.needs_images else None
+            lap("encode")
+            inputs, target = stage.target(run, x, y, draws)
+        lap("target")
+        for rows, share in run.micro_batches(len(target)):
+            with run.autocast():
+                prediction = run.net(*[values[rows] for values in inputs])
+                loss, _ = meanflow.regression_loss(
+                    prediction, target[rows], run.c.get("adaptive_p", 0))
+            (loss * share).backward()
+    lap("gradient")
+
+    torch.nn.utils.clip_grad_norm_(run.params, 1)
+    run.optimizer.step()
+    update_ema = train.get_ema_multi_avg_fn(0.999)
+    update_ema(run.ema_params, run.params, None)
+    if run.trains_discriminator():
+        run.adversary.step(1e-4)
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
+    lap("update")
+
+
+@contextmanager
+def process_restored():
+    """Undo what a run changes for its whole process: TF32, and a compiled derivative."""
+    matmul_precision = torch.get_float32_matmul_precision()
+    try:
+        with mock.patch.object(meanflow, "total_derivative", meanflow.total_derivative):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)
+
+
+# --------------------------------------------------------------------------------------------------
+# --bench: time
+
+def is_gpu(device):
+    return device.startswith("cuda")
+
+
+def seconds_of(function, device="cpu"):
+    """How long a call of a function takes, with all that it leaves to the GPU."""
+    wait_for(device)
+    clock = time.perf_counter()
+    function()
+    wait_for(device)
+    return time.perf_counter() - clock
+
+
+def wait_for(device):
+    if is_gpu(device):
+        torch.cuda.synchronize()
+
+
+class Laps:
+    """Milliseconds of each piece of each step."""
+
+    def __init__(self, device):
+        self.device = device
+        self.steps = []
+
+    def start(self):
+        self.steps.append({})
+        wait_for(self.device)
+        self.clock = time.perf_counter()
+
+    def __call__(self, piece):
+        """What went by since the last call was this piece of the step."""
+        wait_for(self.device)
+        now = time.perf_counter()
+        pieces = self.steps[-1]
+        pieces[piece] = pieces.get(piece, 0) + 1000 * (now - self.clock)
+        self.clock = now
+
+    def apart(self, network):
+        """The same network, whose time is the piece "network" and no longer part of "target"."""
+        def evaluate(*inputs):
+            self("target")
+            output = network(*inputs)
+            self("network")
+            return output
+        return evaluate
+
+    def medians(self):
+        pieces = {}
+        for piece in self.steps[0]:
+            pieces[piece] = float(np.median([step[piece] for step in self.steps]))
+        return {"ms": sum(pieces.values())} | pieces
+
+
+def tflops_of_products(device, dtype):
+    """TFLOP/s of a large matrix product, which is the most that a network can reach."""
+    size = 8192 if is_gpu(device) else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    fastest = min(seconds_of(lambda: a @ a, device) for _ in range(20))
+    return 2 * size**3 / fastest / 1e12
+
+
+def peak_tflops(args):
+    return tflops_of_products(
+        args.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+
+
+def bench_stage(args, stage, peak, repeats=5):
+    """-> a dictionary: milliseconds of each piece of a step, images/s, on CUDA GiB, and so on.
+
+    "network" is the teacher in "target", and in drift the student, whose samples are moved.
+    """
+    run = RandomRun(args, stage)
+    x, y = run.batch()
+    laps = Laps(args.device)
+    in_target = "student" if stage == "drift" else "teacher"
+    if getattr(run, in_target):
+        setattr(run, in_target, laps.apart(getattr(run, in_target)))
+
+    def step():
+        laps.start()
+        take_step(run, x, y, laps)
+
+    row = {"stage": stage, "micro_batch": run.micro_batch}
+    if is_gpu(args.device):
+        row["predicted_GiB"] = predicted_gpu_bytes(run) / 2**30
+    row["first_s"] = seconds_of(step, args.device)          # with --compile, of compiling too
+    if not args.compile:                                    # whose operations the counter misses
+        with FlopCounterMode(display=False) as counter:
+            step()
+        row["tflop"] = counter.get_total_flops() / 1e12
+
+    if is_gpu(args.device):
+        torch.cuda.reset_peak_memory_stats()
+    laps.steps.clear()
+    for _ in range(repeats):
+        step()
+    row |= laps.medians()
+    row["images_per_s"] = 1000 * num_samples(run.c) / row["ms"]
+    if "tflop" in row:
+        row["share_of_peak"] = share_of_peak(row, row["tflop"], peak)
+    if is_gpu(args.device):
+        row["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def share_of_peak(row, tflop, peak):
+    return 1000 * tflop / row["ms"] / peak
+
+
+def predicted_gpu_bytes(run):
+    """The most that a run will hold, by the rule of train.default_micro_batch, before a step."""
+    size = 10 if run.args.checkpointing else 70 if run.c["precision"] == "bf16" else 130
+    weights = sum(weight.numel() for weight in run.params)
+    activations = run.micro_batch * size * run.activation_units()
+    return torch.cuda.memory_allocated() + 12 * weights + activations
+
+
+def short(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def rounded(row):
+    """A row whose numbers have four digits, as they are printed."""
+    return {name: float(short(value)) if isinstance(value, float) else value
+            for name, value in row.items()}
+
+
+def print_row(row):
+    print("  ".join(f"{name} {short(value)}" for name, value in row.items()), flush=True)
+
+
+def bench(args):
+    """A line for each stage; the last line is one JSON object."""
+    peak = peak_tflops(args)
+    rows = []
+    for stage in train.STAGES if args.stage == "all" else [args.stage]:
+        with process_restored():
+            rows.append(bench_stage(args, stage, peak))
+        print_row(rows[-1])
+    result = {"matmul_tflops": peak, "torch": torch.__version__, "rows": rows}
+    print(json.dumps(vars(args) | result))
+
+
+# --------------------------------------------------------------------------------------------------
+# --memory: which micro-batch fits, from shapes alone
 
 class Peak(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, and their peak."""
-    def __init__(self, now):
+
+    def __init__(self):
         super().__init__()
-        self.alive, self.now, self.bytes = set(), now, now
+        self.alive = set()
+        self.now = 0
+        self.bytes = 0
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for storage in [tensor.untyped_storage() for tensor in tree_leaves(result) if torch.is_tensor(tensor)]:
-            if storage._cdata not in self.alive:
-                self.alive.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        for value in tree_leaves(result):
+            if torch.is_tensor(value):
+                self.count(value.untyped_storage())
         self.bytes = max(self.bytes, self.now)
         return result
+
+    def count(self, storage):
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.free, key, storage.nbytes())
+
     def free(self, key, size):
         self.alive.remove(key)
         self.now -= size
 
-def bench_networks(args, stage):
-    """The networks that no stage trains: the encoder, and in stage rae those of its losses -> (them, their bytes)."""
-    toy = args.model == "toy"
-    nets = [rae.Encoder("toy" if toy else None, 32 if toy else args.resolution, weights="random").to(args.device)]
-    if stage == "rae":
-        nets += rae.Adversary(args.resolution, "random", args.device), rae.PerceptualDistance("random").to(args.device)
-    frozen = [net.discriminator.net if isinstance(net, rae.Adversary) else net.requires_grad_(False) for net in nets]
-    for weight in (weight for net in frozen for weight in net.parameters() if args.precision == "bf16"):
-        weight.data = weight.data.bfloat16()
-    return nets, sum(weight.nbytes for net in frozen for weight in net.state_dict().values())
 
-def bench_step(args, stage, encoder, adversary=None, perceptual=None):
-    """A function that takes one step of a stage on random numbers, beside all that train.py keeps in memory."""
-    toy, grid, channels, B = args.model == "toy", encoder.grid, encoder.config["channels"], args.batch_size
-    c = PAPER["paper 256"][stage] | PAPER["paper toy" if toy else f"paper {args.resolution}"].get(stage, {})
-    network = lambda average: dit.DiTDH(grid, channels, num_classes=1000, average_velocity=average,
-                                        **dit.MODELS[args.model])
-    decoder = lambda size: rae.Decoder(channels, grid, 8 if toy else 16, **rae.DECODERS[size])
-    with torch.device(args.device):
-        model = decoder(args.model) if stage == "rae" else network(stage != "flow")
-        kept = copy.deepcopy(model), None if stage == "rae" else decoder("toy" if toy else "XL")
-        teacher = network(False).requires_grad_(False) if stage in ("mid", "distill") else None
-        x, noise = torch.randn(2, B, channels, grid, grid)
-        t, r = meanflow.mean_flow_times(torch.rand(2, B), torch.arange(B) % 4 == 3, 6.93)
-        y, pairs = torch.zeros(B, dtype=torch.long), torch.zeros(B, c.get("num_pairs", 0), dtype=torch.long)
-        many = torch.randn(2, B, c.get("samples", 0), channels, grid, grid)
-        images, uniform = torch.rand(B, 3, args.resolution, args.resolution), torch.rand(B, 15)
-    for weight in teacher.parameters() if teacher and args.precision == "bf16" else ():
-        weight.data = weight.data.bfloat16()
-    model.checkpointing = args.checkpointing
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=True)
-    net, du_dt = model, lambda z, t, r, y, v: meanflow.total_derivative(model, z, t, r, y, v, args.derivative)
-    if args.compile:
-        net, du_dt, teacher = torch.compile(net), torch.compile(du_dt), teacher and torch.compile(teacher)
-    def decode():
-        z, judge = encoder(images), partial(adversary.judge, uniform=uniform[:, :5])
-        adversary.learn(images, model, z, uniform[:, 5:], 1)
-        return rae.reconstruction_loss(net(z + noise), images, perceptual, 1, judge, 0.75, model.head.weight)
-    losses = dict(
-        rae=decode, flow=lambda: meanflow.flow_matching_loss(net, x, y, 6.93, t, noise),
-        mid=lambda: meanflow.mid_training_loss(net, teacher, noise, y, 6.93, pairs=pairs),
-        distill=lambda: meanflow.mean_flow_loss(net, x, y, 6.93, teacher, t=t, r=r, noise=noise, du_dt=du_dt),
-        bootstrap=lambda: meanflow.mean_flow_loss(net, x, y, 6.93, t=t, r=r, noise=noise, du_dt=du_dt),
-        drift=lambda: meanflow.drift_loss(net, many[0], y, many[1], c["with_grad"]))
-    def step(micro_batches=1, kept=kept):
-        for _ in range(micro_batches):
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.precision == "bf16", False):
-                loss, _ = losses[stage]()
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
+def peak_bytes(args, stage):
+    """The most bytes that two steps hold, of which the second has moments -> (bytes, the run)."""
+    with process_restored(), Peak() as peak:
+        run = RandomRun(args, stage)
+        x, y = run.batch()
+        for _ in range(2):
+            take_step(run, x, y)
+    return peak.bytes, run
 
-def peak_bytes(args, stage, nets, frozen):
-    with Peak(frozen) as peak:
-        step = bench_step(args, stage, *nets)
-        step(2)
-        step(2)
-    return peak.bytes
 
-def predicted_bytes(args, stage, batch_size):
-    """Peak memory of a stage with micro-batches of batch_size, from shapes alone: nothing is computed or allocated."""
-    args = argparse.Namespace(**vars(args) | dict(batch_size=batch_size, device="cpu"))
-    networks = bench_networks(args, stage)
-    some = lambda mask: torch.arange(max(1, batch_size // 4))[:, None]                          # rows with r < t
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("torch.Tensor.nonzero", some):
-        return peak_bytes(args, stage, *networks)
+def predicted_bytes(args, stage):
+    """The same from shapes alone: nothing is computed, and nothing is allocated.
+
+    What depends on values is given: a fourth of the rows have r < t, and a number is 0, except in
+    the optimiser, which divides by numbers if it is not fused.
+    """
+    args = argparse.Namespace(**vars(args) | {"device": "cpu"})
+    fused = partial(torch.optim.AdamW, fused=True)
+
+    def a_fourth(mask):
+        return torch.arange(max(1, len(mask) // 4))[:, None]
+
+    def zero(number):
+        return 0
+
+    def stay(module, device):                               # and real constants become shapes
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.clone())
+        return module
+
+    with FakeTensorMode(allow_non_fake_inputs=True), \
+            mock.patch.object(torch.Tensor, "nonzero", a_fourth), \
+            mock.patch.object(torch.Tensor, "item", zero), \
+            mock.patch.object(torch.optim, "AdamW", fused), \
+            mock.patch.object(torch.nn.Module, "to", stay):
+        return peak_bytes(args, stage)
+
 
 def memory(args):
-    """Table of the largest micro-batch that fits, from two predictions; 2 GB are left to CUDA itself."""
-    print(f"{'':10} GiB of one, of each more, largest micro-batch on 24, 40, 80, 141 GB")
-    for stage in STAGES if args.stage == "all" else [args.stage]:
-        n = 1 if stage in ("mid", "drift") else 4                                               # r < t in each fourth
-        first, second = (predicted_bytes(args, stage, size) / 2**30 for size in (n, 2 * n))
-        more = (second - first) / n
-        c = PAPER["paper 256"][stage] | PAPER[f"paper {args.resolution}"].get(stage, {})
-        draws = c["batch_size"] * c.get("samples", 1) * 768 * (args.resolution / 16) ** 2 * 4 / 2**30   # all noise
-        largest = [min(c["batch_size"], max(0, int(n + (gb - 2 - draws - first) / more))) for gb in (24, 40, 80, 141)]
-        print(f"{stage:10} {first - (n - 1) * more:10.2f} {more:13.3f}   {largest}", flush=True)
+    """Table of the largest micro-batch that fits a GPU, from two predictions of each stage."""
+    gpus = 24, 40, 80, 141
+    print("GiB of a step without the activations of its samples; GiB of those of one sample, and\n"
+          "their bytes for each token, layer and unit of width; the largest micro-batch on GPUs\n"
+          f"of {', '.join(map(str, gpus))} GB, of which 2 are left to CUDA\n\n"
+          f"{'stage':10} {'samples':>8} {'GiB':>7} {'GiB each':>9} {'bytes':>6}  largest")
+    for stage in train.STAGES if args.stage == "all" else [args.stage]:
+        samples = num_samples(stage_settings(args, stage))
+        few = max(1, samples // 4)
+        at_few, run = predicted_bytes(with_micro_batch(args, few), stage)
+        at_many, run = predicted_bytes(with_micro_batch(args, 2 * few), stage)
+        each = (at_many - at_few) / few
+        fixed = at_few - few * each
+        fits = [int((gb * 1e9 - 2e9 - fixed) / each) for gb in gpus]
+        largest = [min(samples, max(0, number)) for number in fits]
+        unit = each / run.activation_units()
+        print(f"{stage:10} {samples:8} {fixed / 2**30:7.2f} {each / 2**30:9.3f} {unit:6.1f}  "
+              f"{largest}", flush=True)
 
-def bench(args):
-    """Milliseconds, FLOP/s and, on CUDA, peak memory of a step of each stage."""
-    cpu = args.device == "cpu"
-    def seconds(function):
-        clock = time.perf_counter()
-        function()
-        None if cpu else torch.cuda.synchronize()
-        return time.perf_counter() - clock
-    size, dtype = 1024 if cpu else 8192, torch.bfloat16 if args.precision == "bf16" else torch.float32
-    a, rows = torch.randn(size, size, device=args.device, dtype=dtype), []
-    peak = 2 * size**3 / min(seconds(lambda: a @ a) for _ in range(20)) / 1e12
-    for stage in STAGES[args.model == "toy":] if args.stage == "all" else [args.stage]:
-        None if cpu else torch.cuda.reset_peak_memory_stats()
-        step = bench_step(args, stage, *bench_networks(args, stage)[0])
-        with FlopCounterMode(display=False) as counter:
-            step()
-        second = float(np.median([seconds(step) for _ in range(5)]))
-        row = dict(stage=stage, ms=1000 * second, tflop=counter.get_total_flops() / 1e12)
-        row |= dict(share_of_peak=row["tflop"] / second / peak)
-        rows.append(row | ({} if cpu else dict(peak_GiB=torch.cuda.max_memory_allocated() / 2**30)))
-        print("  ".join(f"{value:.4g} {key}" if isinstance(value, float) else value for key, value in rows[-1].items()))
-    print(json.dumps(dict(vars(args), matmul_tflops=peak, torch=torch.__version__, rows=rows)))
+
+def with_micro_batch(args, micro_batch):
+    return argparse.Namespace(**vars(args) | {"micro_batch": micro_batch})
+
+
+# --------------------------------------------------------------------------------------------------
+# --gpu: all that a GPU has to show, in one call that keeps to its time
+
+class Late(BaseException):
+    """The time of a part is over. It is no Exception, which code in between might catch."""
+
+
+@contextmanager
+def deadline(seconds):
+    """Raise Late in the block when it takes longer, and again where something swallowed it."""
+    def on_alarm(number, frame):
+        raise Late
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 20)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def gpu_versions(args):
+    name = torch.cuda.get_device_name(args.device) if is_gpu(args.device) else "none"
+    yield {"torch": torch.__version__, "timm": timm.__version__, "cuda": torch.version.cuda,
+           "gpu": name, "matmul_tflops": args.peak}
+    for matmul_precision in ("high", "highest"):
+        torch.set_float32_matmul_precision(matmul_precision)
+        yield {"float32_matmul_precision": matmul_precision,
+               "matmul_tflops": tflops_of_products(args.device, torch.float32)}
+
+
+def gpu_step(args, stage, compiled=False):
+    """A step of one of eight GPUs; of drift, of one class, which is a fourth of that."""
+    batch_size = 2 if args.small else 1 if stage == "drift" else None
+    changes = {"batch_size": batch_size, "compile": compiled}
+    args = argparse.Namespace(**vars(args) | changes)
+    row = bench_stage(args, stage, args.peak, repeats=1 if args.small else 8)
+    args.tflop.setdefault(stage, row.get("tflop"))
+    if compiled and args.tflop[stage]:                      # counted in the step as it was before
+        row["share_of_peak"] = share_of_peak(row, args.tflop[stage], args.peak)
+    yield row
+
+
+def random_student(args):
+    """-> a run whose EMA is a student of random weights; noise (B, C, G, G) and labels for it."""
+    args = argparse.Namespace(**vars(args) | {"batch_size": 2})
+    run = RandomRun(args, "bootstrap")
+    run.ema.load_state_dict(run.model.state_dict())         # now with the noise
+    B = 2 if args.small else 64
+    noise = torch.randn(B, *run.rae.latent_shape, device=args.device)
+    return run, noise, torch.arange(B, device=args.device) % len(run.classes)
+
+
+def gpu_derivative(args):
+    """How far each way to compute du/dt is from jvp in full precision, with the same weights."""
+    run, noise, y = random_student(args)
+    z = noise[:8]
+    y = y[:8]
+    t = torch.linspace(0.3, 0.9, len(z), device=args.device)                    # (B,)
+    with torch.no_grad():
+        v = run.ema(z, t, y, t)                                                 # (B, C, G, G)
+
+    def derivative(method, matmul_precision, autocast=False):
+        torch.set_float32_matmul_precision(matmul_precision)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, autocast):
+            return meanflow.total_derivative(run.ema, z, t, t / 2, y, v, method)
+
+    exact = derivative("jvp", "highest")
+    yield {
+        "size": float(exact.square().mean().sqrt()),
+        "jvp_tf32": relative(derivative("jvp", "high"), exact),
+        "jvp_bf16": relative(derivative("jvp", "high", autocast=True), exact),
+        "fd": relative(derivative("fd", "highest"), exact),
+        "fd_tf32": relative(derivative("fd", "high"), exact),
+    }
+
+
+def gpu_sampling(args):
+    """Images/s of one step and the decoder, and how far other precisions are from full."""
+    run, noise, y = random_student(args)
+
+    def draw(precision):
+        with sample.computing("bf16" if precision == "bf16" else "fp32", args.device):
+            if precision == "tf32":
+                torch.set_float32_matmul_precision("high")
+            return run.rae.decode(meanflow.sample(run.ema, noise, y))           # (B, 3, S, S)
+
+    exact = draw("fp32")
+    for precision in ("fp32", "tf32", "bf16"):
+        difference = relative(draw(precision), exact)
+        fastest = min(seconds_of(partial(draw, precision), args.device) for _ in range(3))
+        yield {"precision": precision, "images_per_s": len(noise) / fastest,
+               "from_fp32": difference}
+
+    labels = y.cpu().repeat(4)
+
+    def draw_all():
+        for _ in sample.make_images(run.ema, run.rae, run.alpha, labels, precision="bf16"):
+            pass
+    yield {"precision": "bf16, sample.make_images",
+           "images_per_s": len(labels) / seconds_of(draw_all, args.device)}
+
+
+def gpu_scores(args):
+    """Speed of Inception, of random weights, and of the scores."""
+    images, points, dims = (2, 64, 16) if args.small else (64, 50_000, 2048)
+    with torch.device(args.device):
+        batch = torch.randint(256, (images, 3, 256, 256), dtype=torch.uint8)
+        network = fid.Inception()
+        features = torch.randn(2, points, dims)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+
+    def extract():
+        with sample.computing("fp32", args.device):
+            network(batch)
+    first, *later = [seconds_of(extract, args.device) for _ in range(2 if args.small else 4)]
+    yield {"score": "Inception", "images_per_s": images / min(later)}
+
+    second = seconds_of(lambda: fid.precision_recall(*features), args.device)
+    yield {"score": f"precision_recall, {points} x {dims}", "seconds": second}
+
+    mean = np.zeros(dims)
+    covariance = np.cov(np.random.default_rng(0).normal(size=(dims, 2 * dims)))
+    second = seconds_of(lambda: fid.frechet_distance(mean, covariance, mean, np.eye(dims)))
+    yield {"score": f"frechet_distance, {dims}", "seconds": second}
+
+
+def gpu_toy(args, steps=300):
+    """train.py --toy, and the time of its steps by its own logs."""
+    with tempfile.TemporaryDirectory() as folder:
+        def toy(*flags):
+            command = [sys.executable, Path(train.__file__).resolve(), "--toy", *flags]
+            result = subprocess.run([*command, "--device", args.device, "--out", folder],
+                                    capture_output=True, text=True)
+            if result.returncode:
+                raise RuntimeError(result.stderr.strip().splitlines()[-1])
+
+        stage = ["--stage", "rae"] if args.small else []
+        yield {"toy": "--dry_run", "seconds": seconds_of(lambda: toy("--dry_run", *stage))}
+        if args.small:
+            return
+        many = ["--steps", str(steps)]
+        second = seconds_of(lambda: toy("--recipe", "paper", *many))
+        yield {"toy": "five stages and the report", "seconds": second}
+        toy("--stage", "drift", *many)
+        for log in sorted(Path(folder).glob("*.jsonl")):
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            seconds = [line["seconds"] for line in lines if "seconds" in line]
+            half = len(seconds) // 2                        # the first step takes far longer
+            yield {"toy": log.stem, "ms": 1000 * (seconds[-1] - seconds[half - 1]) / half}
+
+
+GPU_PARTS = {  # name: (a generator of rows, the seconds that it may take)
+    "versions": (gpu_versions, 30),
+    **{stage: (partial(gpu_step, stage=stage), 45)
+       for stage in ("distill", "mid", "flow", "drift", "bootstrap")},
+    **{f"compiled_{stage}": (partial(gpu_step, stage=stage, compiled=True), 130)
+       for stage in ("distill", "mid", "flow")},
+    "derivative": (gpu_derivative, 40),
+    "sampling": (gpu_sampling, 40),
+    "scores": (gpu_scores, 60),
+    "toy": (gpu_toy, 150),
+}
+
+
+def parts_of(args):
+    if args.parts:
+        return args.parts.split(",")
+    if args.small:                                          # to compile takes a CPU minutes
+        return [name for name in GPU_PARTS if not name.startswith("compiled")]
+    return list(GPU_PARTS)
+
+
+def gpu(args):
+    """Each part until its deadline. Prints rows as they come, then tables, then one JSON object."""
+    end = time.monotonic() + 60 * args.minutes
+    args.model = "toy" if args.small else "XL"
+    args.precision = sample.default_precision(args.device)
+    args.peak = peak_tflops(args)
+    args.tflop = {}
+    found = {}
+    for name in parts_of(args):
+        part, limit = GPU_PARTS[name]
+        found[name] = rows = []
+        start = time.monotonic()
+        try:
+            with process_restored(), deadline(min(limit, end - start)):
+                for row in part(args):
+                    rows.append(rounded(row))
+                    print_row({"part": name} | row)
+        except Late:
+            rows.append(rounded({"late_s": time.monotonic() - start}))
+            print_row({"part": name} | rows[-1])
+        except (Exception, SystemExit) as error:            # the next part may well work
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            rows.append({"error": message[:300]})
+            print_row({"part": name} | rows[-1])
+        print_row({"part": name, "took_s": time.monotonic() - start})
+        torch._dynamo.reset()
+        gc.collect()
+        if is_gpu(args.device):
+            torch.cuda.empty_cache()
+
+    print_tables(found)
+    print(json.dumps(found), flush=True)
+
+
+def print_tables(found):
+    """A table of the steps, a row a part; the other rows a line each."""
+    columns = {}
+    for rows in found.values():
+        for row in rows:
+            if "stage" in row:
+                columns |= dict.fromkeys(row)
+    print(" ".join(f"{name:>13}" for name in ["part", *columns]))
+    for part, rows in found.items():
+        for row in rows:
+            if "stage" in row:
+                values = [part[:13], *[short(row.get(name, "-")) for name in columns]]
+                print(" ".join(f"{value:>13}" for value in values))
+    for part, rows in found.items():
+        for row in rows:
+            if "stage" not in row:
+                print_row({"part": part} | row)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line of this file, and the tests of it
 
 def measure(argv):
-    parser = argparse.ArgumentParser()
-    for flag, default in BENCH.items():
-        parser.add_argument(f"--{flag}", type=type(default), default=default)
-    for flag in ("bench", "memory", "compile", "checkpointing"):
-        parser.add_argument(f"--{flag}", action="store_true")
+    parser = argparse.ArgumentParser(
+        description="The tests run with `python -m pytest test_all.py`. This command measures: "
+                    "give --bench, --memory or --gpu.")
+    add = parser.add_argument
+    add("--bench", action="store_true", help="time of a step of each stage, and of its pieces")
+    add("--memory", action="store_true", help="which micro-batch fits a GPU, from shapes alone")
+    add("--gpu", action="store_true", help="both of the published size on a GPU, and much more")
+    add("--model", choices=dit.MODELS, default="toy", help="size of the networks (default toy)")
+    add("--resolution", metavar="N", type=int, default=256, help="side of the images (default 256)")
+    add("--stage", choices=["all", *train.STAGES], default="all", help="one stage (default all)")
+    add("--batch_size", metavar="N", type=int,
+        help="rows a step (default: the toy's, or those of one of eight GPUs)")
+    add("--micro_batch", metavar="N", type=int, help="as in train.py")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="as in train.py")
+    add("--derivative", choices=["jvp", "fd"], default="jvp", help="as in train.py")
+    add("--checkpointing", action="store_true", help="as in train.py")
+    add("--compile", action="store_true", help="as in train.py")
+    add("--device", help="as in train.py", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--minutes", type=float, default=9, help="--gpu: time for all its parts (default 9)")
+    add("--parts", metavar="A,B", help=f"--gpu: only some of {', '.join(GPU_PARTS)}")
+    add("--small", action="store_true", help="--gpu: at the size of the toy, for a test")
     args = parser.parse_args(argv)
-    memory(args) if args.memory else bench(args)
+    for name in ("bench", "memory", "gpu"):
+        if getattr(args, name):
+            return globals()[name](args)
+    return parser.print_help()
 
-def test_bench_ends_in_one_json_object(capsys):
-    measure(["--bench", "--device", "cpu", "--stage", "distill"])
-    row, = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert row["ms"] > 0 and row["share_of_peak"] > 0
 
-def test_predicted_memory_is_that_of_the_steps_themselves():
-    args = argparse.Namespace(**BENCH | dict(device="cpu", batch_size=4), compile=False, checkpointing=False)
-    for stage in STAGES[1:]:
-        real = peak_bytes(args, stage, *bench_networks(args, stage))
-        assert predicted_bytes(args, stage, args.batch_size) == pytest.approx(real, rel=0.01), stage
+def command(line):
+    """Run `python test_all.py` with the flags in the line."""
+    measure(line.split())
+
+
+def last_json(capsys):
+    """The JSON object in the last line of what was printed."""
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture
+def shallow_toy(monkeypatch):
+    """A toy of one layer in the encoder and one in the head, to be quick."""
+    monkeypatch.setitem(dit.MODELS, "toy", dit.MODELS["toy"] | {"depth": (1, 1)})
+
+
+def measuring(**changes):
+    """The arguments of a measurement of the toy on the CPU."""
+    defaults = {
+        "model": "toy", "resolution": 256, "batch_size": 2, "micro_batch": None, "device": "cpu",
+        "precision": "fp32", "derivative": "jvp", "compile": False, "checkpointing": False,
+    }
+    return argparse.Namespace(**defaults | changes)
+
+
+def test_this_file_without_arguments_explains_what_it_measures(capsys):
+    command("")
+
+    text = capsys.readouterr().out
+    assert "pytest" in text
+    assert all(flag in text for flag in ("--bench", "--memory", "--gpu"))
+
+
+def test_bench_ends_in_one_json_object(capsys, shallow_toy):
+    command("--bench --device cpu --stage distill --batch_size 4")
+
+    row, = last_json(capsys)["rows"]
+    pieces = ["draws", "encode", "network", "target", "gradient", "update"]
+    assert row["ms"] == pytest.approx(sum(row[piece] for piece in pieces))
+    assert row["images_per_s"] == pytest.approx(4000 / row["ms"])
+    assert row["share_of_peak"] > 0
+
+
+def test_a_measured_step_trains_the_network(shallow_toy):
+    run = RandomRun(measuring(), "distill")
+    before = [weight.clone() for weight in run.params]
+
+    take_step(run, *run.batch())
+
+    changed = [not torch.equal(old, new) for old, new in zip(before, run.params)]
+    assert sum(changed) > 0.9 * len(changed)
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_predicted_memory_is_that_of_the_steps_themselves(stage, shallow_toy):
+    """In several micro-batches, with a first step that makes the moments and one that has them."""
+    sizes = {"mid": (1, 4), "drift": (1, 16)}
+    batch_size, micro_batch = sizes.get(stage, (4, 2))
+    args = measuring(batch_size=batch_size, micro_batch=micro_batch)
+
+    real, _ = peak_bytes(args, stage)
+    predicted, _ = predicted_bytes(args, stage)
+
+    assert predicted == pytest.approx(real, rel=0.01)
+
+
+def test_predicted_memory_grows_with_the_micro_batch(shallow_toy):
+    few, _ = predicted_bytes(measuring(batch_size=64, micro_batch=16), "flow")
+    many, run = predicted_bytes(measuring(batch_size=64, micro_batch=32), "flow")
+
+    assert (many - few) / 16 > 4 * 10 * run.activation_units()
+
+
+def test_memory_prints_the_micro_batch_that_fits(capsys, shallow_toy):
+    command("--memory --device cpu --stage flow --batch_size 8")
+
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.split()[:2] == ["flow", "8"]
+    assert row.endswith("[8, 8, 8, 8]")
+
+
+def test_all_parts_of_gpu_run_on_a_cpu_in_small(capsys, shallow_toy):
+    command("--gpu --small --device cpu")
+
+    found = last_json(capsys)
+    assert found.keys() == {name for name in GPU_PARTS if "compiled" not in name}
+    for part, rows in found.items():
+        assert rows, part
+        assert not any({"error", "late_s"} & row.keys() for row in rows), rows
+
+
+def test_gpu_goes_on_after_a_part_that_is_late_or_raises(capsys, monkeypatch):
+    def late(args):
+        yield {"value": 1}
+        time.sleep(60)
+
+    def raises(args):
+        yield 1 / 0
+
+    def works(args):
+        yield {"value": 2}
+
+    parts = {"late": (late, 0.1), "raises": (raises, 9), "works": (works, 9)}
+    monkeypatch.setattr(sys.modules[__name__], "GPU_PARTS", parts)
+
+    command("--gpu --small --device cpu")
+
+    found = last_json(capsys)
+    assert found["late"][0] == {"value": 1}
+    assert 0.1 <= found["late"][1]["late_s"] < 30
+    assert "ZeroDivisionError" in found["raises"][0]["error"]
+    assert found["works"] == [{"value": 2}]
+
+
+def test_gpu_skips_what_its_minutes_do_not_suffice_for(capsys, monkeypatch):
+    def endless(args):
+        time.sleep(60)
+        yield {}
+
+    monkeypatch.setattr(sys.modules[__name__], "GPU_PARTS", {"endless": (endless, 60)})
+
+    command("--gpu --small --device cpu --minutes 0.001")
+
+    row, = last_json(capsys)["endless"]
+    assert row["late_s"] < 30
+
 
 if __name__ == "__main__":
-    sys.exit(measure(sys.argv[1:]) if {"--bench", "--memory"} & {*sys.argv} else pytest.main(sys.argv))
+    measure(sys.argv[1:])

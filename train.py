@@ -760,6 +760,8 @@ def default_micro_batch(run):
     channels, grid, _ = run.rae.latent_shape
     layers = sum(weight.shape[0] for weight in run.params if weight.dim() == 2) / 16
     size = 10 if run.args.checkpointing else 70 if run.c["precision"] == "bf16" else 130
+    if run.adversary:                           # and LPIPS, beside the decoder
+        size += 80
     free, _ = torch.cuda.mem_get_info()
     free -= 2**31 + 12 * sum(weight.numel() for weight in run.params)
     fits = int(free / (size * grid**2 * layers))
@@ -927,13 +929,14 @@ def refuse_other_parts(run, parts, start):
     prints = {name: fingerprint(state_dict_of(part.content)) for name, part in parts.items()}
     prints["rae"] = latent_fingerprint(run.rae.packed())
     before = start.content.get("config", {}).get("parts", {})
-    if run.state:
-        prints["start"] = before["start"]
+    if run.state:                               # its start is itself: keep what it began with
+        del prints["start"]
+        prints = before | prints
     for name in prints if run.state else ["teacher"]:
         known = name in before and (run.state or not run.args.teacher)
         if known and prints.get(name, before[name]) != before[name]:
             raise SystemExit(f"{start.path}: was trained with another {name} than this run finds; "
-                             f"give --{name}, or the --out that it belongs to")
+                             "give that, or the --out that it belongs to")
     return prints
 
 
