@@ -935,8 +935,9 @@ def refuse_other_parts(run, parts, start):
     for name in prints if run.state else ["teacher"]:
         known = name in before and (run.state or not run.args.teacher)
         if known and prints.get(name, before[name]) != before[name]:
+            flag = "guidance_model" if name == "guide" else name
             raise SystemExit(f"{start.path}: was trained with another {name} than this run finds; "
-                             "give that, or the --out that it belongs to")
+                             f"give --{flag}, or the --out that it belongs to")
     return prints
 
 
