@@ -4556,9 +4556,12 @@ def test_the_learning_rate_of_rae_rises_in_an_epoch_and_falls_as_a_cosine():
     decoder = PAPER["paper 256"]["rae"]
     epoch = decoder["steps"] / 16
 
-    found = [train.learning_rate(int(epochs * epoch) + 1, decoder) for epochs in (0, 1, 8.5, 16)]
+    found = [train.learning_rate(int(epochs * epoch) + 1, decoder)
+             for epochs in (0, 1, 4.75, 8.5, 16)]
 
-    assert found == pytest.approx([1e-7, 2e-4, 1.1e-4, 2e-5], rel=1e-2, abs=1e-7)
+    cosine = (1 + math.cos(math.pi / 4)) / 2    # after a quarter of the fall
+    expected = [1e-7, 2e-4, 2e-5 + 1.8e-4 * cosine, 1.1e-4, 2e-5]
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-7)
 
 
 def test_the_learning_rate_of_mid_is_constant():
@@ -4660,11 +4663,13 @@ def test_a_cpu_takes_all_samples_at_once(c, samples):
 @pytest.mark.parametrize("options, size", (
     ({}, 70), (dict(precision="fp32"), 130), (dict(checkpointing=True), 10)))
 def test_a_gpu_takes_the_largest_power_of_two_that_fits(options, size, monkeypatch):
-    free = 2**31 + 12 * 55 + 5 * size * 16      # bytes for five samples
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
+    four_samples = 2**31 + 12 * 55 + 4 * size * 16              # bytes
+    free = iter((four_samples, four_samples, four_samples - 1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 0))
 
     assert train.default_micro_batch(run_of_memory(64, **options)) == 4
     assert train.default_micro_batch(run_of_memory(3, **options)) == 3
+    assert train.default_micro_batch(run_of_memory(64, **options)) == 2
 
 
 def test_a_network_of_which_no_sample_fits_a_gpu_is_refused(monkeypatch):
