@@ -1782,6 +1782,7 @@ STAGES = [*train.TABLE["paper 256"]]
 PAPER = copy.deepcopy(train.TABLE)
 for column in ("paper 256", "paper toy"):
     train.TABLE[column]["drift"].update(samples=4, num_moved=2)
+    train.TABLE[column]["mid"].update(num_pairs=2, num_points=5)
 
 
 def in_process(monkeypatch, *arguments):
@@ -4905,7 +4906,7 @@ def test_shares_of_the_draws_of_distill():
 
 
 def test_draws_of_mid_reach_every_pair_and_label():
-    draws = draws_of("mid", batch_size=500)
+    draws = draws_of("mid", batch_size=500, num_pairs=64, num_points=17)
 
     assert draws["pairs"].unique().tolist() == list(range(136))                 # 17 * 16 / 2
     assert draws["y"].unique().tolist() == list(range(10))
@@ -5211,28 +5212,6 @@ def test_resume_allows_other_steps_learning_rates_and_micro_batches(
     assert content["config"]["lr"] == 1e-5
 
 
-@pytest.mark.parametrize("change, name", (("names", "classes"), ("number", "num_images")))
-def test_other_data_under_the_same_out_are_refused(
-        change, name, photographs, trained, tmp_path, monkeypatch, capsys):
-    """Else the run reports steps and scores of a network that has never met these images."""
-    out = tmp_path / "out"
-    copy_inputs(trained, out, *STAGES)
-    data = tmp_path / "data"
-    shutil.copytree(photographs, data)
-    if change == "names":
-        (data / "2").rename(data / "3")
-    else:
-        image = next((data / "2").iterdir())
-        for i in range(20):                     # of which a tenth is held out
-            shutil.copy(image, data / "2" / f"more{i}.jpg")
-
-    line = refusal(monkeypatch, capsys, "--toy", "--data", data, "--out", out,
-                   "--stage", "flow", *TINY)
-
-    assert f"{out}/flow.pt" in line
-    assert name in line
-
-
 # Draws and labels
 
 def test_mid_training_reads_and_encodes_no_image(trained, tmp_path, monkeypatch):
@@ -5266,6 +5245,19 @@ def test_labels_are_dropped_once_per_row(photographs, trained, tmp_path, monkeyp
 
 
 RANDOM = ("--resolution", 32, "--model", "toy", "--weights", "random", "--workers", 0)
+@pytest.fixture(scope="module")
+def lpips():
+    """LPIPS of random weights is made once, since its VGG takes two seconds."""
+    network = rae.PerceptualDistance("random")
+
+    def copy_of_it(weights):
+        assert weights == "random"
+        return copy.deepcopy(network)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train, "PerceptualDistance", copy_of_it)
+        yield
+
+
 def leave():
     raise SystemExit(0)
 
@@ -5287,7 +5279,7 @@ def test_micro_batches_and_processes_follow_one_loss(stage, photographs, trained
             assert values == pytest.approx(losses(trained, stage)[step], rel=1e-4), (out, step)
 
 
-def test_micro_batches_and_processes_follow_one_loss_in_stage_rae(photographs, tmp_path):
+def test_micro_batches_and_processes_follow_one_loss_in_stage_rae(photographs, lpips, tmp_path):
     """L1 and LPIPS. The GAN's weight is that of a process: see the test of two processes."""
     command = ("--data", photographs, *TINY, *RANDOM, "--stage", "rae", "--encoder", TINY_VIT,
                "--adversarial", 0, "--batch_size", 4, "--save_every", 99)
@@ -5383,7 +5375,7 @@ DECODER = (*TINY, *RANDOM, "--stage", "rae", "--encoder", TINY_VIT, "--checkpoin
 
 
 @pytest.fixture(scope="module")
-def paper_decoder(photographs, tmp_path_factory):
+def paper_decoder(photographs, lpips, tmp_path_factory):
     """Folder of a stage rae of four steps, with LPIPS and a GAN: see DECODER."""
     out = tmp_path_factory.mktemp("paper")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -5444,6 +5436,25 @@ def test_pictures_of_stage_rae_show_equal_crops_before_and_after_the_statistics(
     assert not np.array_equal(decoded_before, decoded_after)
 
 
+@pytest.mark.parametrize("change, name", (("names", "classes"), ("number", "num_images")))
+def test_other_data_under_the_same_out_are_refused(
+        change, name, paper_decoder, photographs, tmp_path, monkeypatch, capsys):
+    """Else the run reports steps and scores of a network that has never met these images."""
+    out = tmp_path / "out"
+    copy_inputs(paper_decoder, out, "rae")
+    data = tmp_path / "data"
+    shutil.copytree(photographs, data)
+    if change == "names":
+        (data / "2").rename(data / "3")
+    else:
+        next((data / "2").iterdir()).unlink()
+
+    line = refusal(monkeypatch, capsys, "--data", data, *DECODER, "--out", out)
+
+    assert f"{out}/rae.pt" in line
+    assert name in line
+
+
 def test_micro_batches_do_not_change_the_loss_of_the_discriminator(
         paper_decoder, photographs, tmp_path, monkeypatch):
     """Each image is normalised by itself. Later the decoder's GAN weight is a micro-batch's own."""
@@ -5477,7 +5488,7 @@ def test_the_stages_of_the_paper_train_one_after_the_other_and_sample_in_one_ste
 
 
 @pytest.fixture(scope="module")
-def decoder_of_two(photographs, tmp_path_factory):
+def decoder_of_two(photographs, lpips, tmp_path_factory):
     """Folder of the same stage rae as paper_decoder's, by two processes."""
     out = tmp_path_factory.mktemp("two")
     status, lines = run(out, "--data", photographs, *DECODER, "--out", out, world=2)
@@ -5561,14 +5572,17 @@ def test_images_of_no_class_of_the_network_are_refused(
 
 # --compile, scores, and the whole toy
 
+MID_STEPS = train.TABLE["paper 256"]["mid"]["num_points"] - 1      # of the solver, a trajectory
+
+
 @pytest.mark.parametrize("stage, derivative, callables, evaluations", (
     ("distill", "jvp", 3, 4), ("distill", "fd", 3, 4), ("bootstrap", "jvp", 2, 2),
-    ("mid", None, 2, 33)))
+    ("mid", None, 2, 2 * MID_STEPS + 1)))
 def test_compiled_steps_run_compiled(
         stage, derivative, callables, evaluations, photographs, trained, tmp_path, monkeypatch):
     """A backend counts graphs and runs: a step runs the network and the derivative once.
 
-    The guided teacher runs twice for a velocity, of which mid's trajectories need 16.
+    The guided teacher runs twice for a velocity, in stage mid in each step of its solver.
     """
     graphs = []
     runs = []
@@ -5658,7 +5672,8 @@ def test_pictures_during_training_are_those_of_sample(
 def test_scores_come_again_after_a_kill_and_change_no_step(scored, trained, tmp_path):
     scored()
     first = scores_of(tmp_path, "bootstrap")
-    (tmp_path / "bootstrap.previous.pt").replace(tmp_path / "bootstrap.pt")  # as if killed after 2
+    previous = tmp_path / "bootstrap.previous.pt"
+    previous.replace(tmp_path / "bootstrap.pt")                 # as if killed after step 2
 
     scored()
 
@@ -5668,17 +5683,19 @@ def test_scores_come_again_after_a_kill_and_change_no_step(scored, trained, tmp_
 
 def test_the_whole_toy_in_two_processes_reports_and_a_dry_run_leaves_nothing(tmp_path):
     def quick_report(rank):
-        """The samples of its rows are those of one step, and its classifier sees few images."""
+        """Its samples are thirty, each ten times, and its classifier takes one step."""
         make_images = fid.make_images
         train_classifier = fid.train_classifier
 
-        def of_one_step(network, autoencoder, alpha, labels, steps, **options):
-            return make_images(network, autoencoder, alpha, labels, 1, **options)
+        def thirty_images(network, autoencoder, alpha, labels, steps, **options):
+            few = make_images(network, autoencoder, alpha, labels[:30], steps, **options)
+            for numbers, images in few:
+                yield numbers, images.repeat(10, 1, 1, 1)
 
-        def of_one_batch(images, labels, num_classes, device, steps):
+        def one_step(images, labels, num_classes, device, steps):
             return train_classifier(images, labels, num_classes, device, steps=1)
-        fid.make_images = of_one_step
-        fid.train_classifier = of_one_batch
+        fid.make_images = thirty_images
+        fid.train_classifier = one_step
 
     status, lines = run(tmp_path, "--toy", "--dry_run", "--out", tmp_path / "toy",
                         "--batch_size", 8, "--device", "cpu", world=2, fault=quick_report)
@@ -5898,7 +5915,7 @@ def test_a_step_without_finite_gradient_changes_nothing(world, trained, photogra
 
 
 def test_a_discriminator_without_finite_gradient_changes_nothing(
-        photographs, tmp_path, monkeypatch):
+        photographs, lpips, tmp_path, monkeypatch):
     """The decoder's loss and gradient are finite in this step, and yet it does not learn either."""
     learn = rae.Adversary.learn
 

@@ -732,8 +732,8 @@ def newest_checkpoint(path):
 
 def refuse_changes(file, before, c):
     """A run goes on with the settings it began with; steps and learning rates may change."""
-    for name in c.keys() & before.keys():
-        if before[name] == c[name]:
+    for name in c:                              # in one order, the same in all processes
+        if name not in before or before[name] == c[name]:
             continue
         if name not in FREE:
             raise SystemExit(f"{file}: made with {name} {brief(before[name])}, not "
