@@ -341,6 +341,15 @@ def load_file(path):
                           f"({error!r:.60}); copy it again, or take another") from error
 
 
+def fingerprint(state):
+    """A number that tells two state dicts apart: a checksum of the first values of each tensor."""
+    checksum = 0
+    for name in sorted(state):
+        values = state[name].flatten()[:1024].float().cpu().numpy()
+        checksum = zlib.crc32(values.tobytes(), checksum)
+    return checksum
+
+
 def state_dict_of(content):
     """The weights in the content of a file: under "ema" or "model", or bare."""
     for key in ("ema", "model"):

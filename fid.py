@@ -586,6 +586,7 @@ def report(paths, data, held_out, out, device, num, precision, stopped=never):
 
     rows = []
     pictures = {}
+    references = {}                                         # of the held-out images, by encoder
 
     def images_to_score():
         """Yield name, title and steps of a row, its images uint8 (N, 3, 32, 32), and their RAE."""
@@ -617,10 +618,11 @@ def report(paths, data, held_out, out, device, num, precision, stopped=never):
     print(f"\n{'':20} steps  FD encoder  precision  recall  FD classifier  accuracy")
     for name, title, steps, images, rae in images_to_score():
         extractor = with_classifier(rae_extractor(rae), classifier)
-        reference = measure(extractor, real.split(500), device, ["pool"])
+        if extractor.name not in references:
+            references[extractor.name] = measure(extractor, real.split(500), device, ["pool"])
         found = measure(extractor, images.split(500), device, ["pool", "logits"])
         row = {"name": name, "title": title, "steps": steps}
-        row |= score_row(found, reference, labels if steps else real_labels[order])
+        row |= score_row(found, references[extractor.name], labels if steps else real_labels[order])
         print_row(row)
         rows.append(row)
 

@@ -19,7 +19,6 @@ import os
 import re
 import sys
 import zipfile
-import zlib
 from collections import defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import meanflow
-from dit import load_file, load_network
+from dit import fingerprint, load_file, load_network
 from rae import load_rae, published_rae, to_uint8
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -446,14 +445,15 @@ def device_name(text):
     return text
 
 
-def at_least(least):
-    """argparse's type of a whole number that is not below `least`."""
-    def integer(text):
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+def number(kind, low, high=math.inf):
+    """A type for argparse: a number from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
-    return integer
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def parse_arguments():
@@ -463,11 +463,11 @@ def parse_arguments():
     add("--ckpt", required=True, help="checkpoint after stage rae, or published DiTDH weights")
     add("--rae", help="checkpoint with another RAE (default: --ckpt, or the published RAE)")
     add("--weights", help="folder laid out like the hub (default: the hub)")
-    add("--steps", type=at_least(1),
+    add("--steps", type=number(int, 1),
         help="evaluations of the network per image (default: student 1, teacher 50)")
-    add("--num", type=at_least(1), default=64, help="number of images (default 64)")
+    add("--num", type=number(int, 1), default=64, help="number of images (default 64)")
     add("--classes", help="names or numbers, separated by commas (default: all in turn)")
-    add("--seed", type=at_least(0), default=0, help="of the noise, with an image's number")
+    add("--seed", type=number(int, 0), default=0, help="of the noise, with an image's number")
     add("--out", type=Path,
         help="NAME.png: a grid of all images. NAME.gif: with --teacher. NAME: a folder of PNGs\n"
              "(default: a picture beside --ckpt, or the folder that is called like --npz)")
@@ -477,7 +477,7 @@ def parse_arguments():
         help="a moving picture: this checkpoint's 25 steps of flow below --ckpt's one step")
     add("--release", type=Path,
         help="no images: write what sampling needs to this file, in half precision")
-    add("--batch_size", type=at_least(1), default=64, help="images at a time (default 64)")
+    add("--batch_size", type=number(int, 1), default=64, help="images at a time (default 64)")
     add("--precision", choices=("fp32", "bf16"),
         help="of the networks (default: bf16 on GPUs of Ampere or newer, else fp32)")
     add("--device", type=device_name, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
@@ -546,9 +546,9 @@ def main():
         # A folder is made to be scored, so its classes have the shares of the training images.
         if args.classes is None:
             labels = labels_for(classes, content.get("class_counts"), args.num)
-        checksum = zlib.crc32(network.final_layer.linear.weight.cpu().numpy())
         settings = {
-            "stage": content.get("stage"), "step": content.get("step"), "checksum": checksum,
+            "stage": content.get("stage"), "step": content.get("step"),
+            "fingerprint": fingerprint(network.state_dict()),
             "rae": args.rae, "classes": classes, **options}
         claim_folder(out, settings, place)
         class_numbers = np.array(numbers_of(names))[labels.numpy()]     # (num,)

@@ -45,13 +45,14 @@ from tqdm import tqdm
 
 import fid
 import meanflow
-from dit import MODELS, DamagedFile, DiTDH, load_file, load_network, state_dict_of, student_of
+from dit import (MODELS, DamagedFile, DiTDH, fingerprint, load_file, load_network, state_dict_of,
+                 student_of)
 from meanflow import (alpha_of, drift_target, flow_matching_times, guided, interpolate,
                       mean_flow_target, mean_flow_times, mid_training_target, regression_loss)
 from rae import (DECODERS, RAE, Adversary, Decoder, Encoder, PerceptualDistance, ToyAutoencoder,
                  center_crop, load_rae, published, published_rae, read_image, reconstruction_loss)
 from sample import (class_names, computing, default_precision, device_name, draw_grid, labels_for,
-                    make_images, print0, start_processes, write_whole)
+                    make_images, number, print0, start_processes, write_whole)
 
 # --------------------------------------------------------------------------------------------------
 # Settings. A row is a stage. "paper" is the paper's recipe, "best" what --recipe best changes, and
@@ -575,6 +576,10 @@ class Run:
         if self.place.rank == 0:
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
             write_whole(self.log, lambda path: path.write_text(text))
+            if self.args.wandb:
+                import wandb
+                name = f"{self.args.out.name}-{self.stage}"
+                wandb.init(project="meanflow-rae", name=name, config=self.c)
         self.write({"config": self.c, "command": sys.argv, "torch": torch.__version__})
 
     # Rows and batches
@@ -635,9 +640,7 @@ class Run:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.args.wandb:
             import wandb
-            if wandb.run is None:
-                wandb.init(project="meanflow-rae", name=f"{self.args.out.name}-{self.stage}")
-            wandb.log(line)
+            wandb.log(line, step=self.step)
 
     def save(self):
         """Write OUT/STAGE.pt; the one before stays as STAGE.previous.pt. All wait for rank 0."""
@@ -773,15 +776,6 @@ def default_micro_batch(run):
 
 # --------------------------------------------------------------------------------------------------
 # What a stage starts from: networks, each a part with the content of the file that it came from
-
-def fingerprint(state):
-    """A number that tells two state dicts apart: a checksum of the first values of each tensor."""
-    checksum = 0
-    for name in sorted(state):
-        values = state[name].flatten()[:1024].float().cpu().numpy()
-        checksum = zlib.crc32(values.tobytes(), checksum)
-    return checksum
-
 
 def latent_fingerprint(packed):
     """The same of what makes the latents of an RAE: its statistics, and the toy's encoder."""
@@ -1199,17 +1193,6 @@ def make_toy_images(num, seed):
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: a number from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def existing(text):
     """A type for argparse: a path that exists, or the words none and published."""
     if text not in ("none", "published") and not os.path.exists(text):
@@ -1358,12 +1341,12 @@ def listen_to_signals():
     """A list to which SIGTERM, SIGINT and SIGUSR1 append: the run saves and ends after its step."""
     stop = []
 
-    def on_signal(number, frame):
-        stop.append(number)
+    def on_signal(signal_number, frame):
+        stop.append(signal_number)
         if not dist.is_initialized():           # a second one ends it at once; torchrun sends two
-            signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, on_signal)
+            signal.signal(signal_number, signal.SIG_DFL)
+    for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signal_number, on_signal)
     return stop
 
 
